@@ -1,0 +1,29 @@
+"""What every test may rely on: the working tree is importable, also in child processes, and no bar or window appears."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tools", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+os.environ.setdefault("LLAMA2_QUIET", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The project's root."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    "The folder of data made by others; the test skips where it is not named."
+    if not os.environ.get("LLAMA2_REAL_DATA"):
+        pytest.skip("set LLAMA2_REAL_DATA to the folder of real data to run this")
+    return Path(os.environ["LLAMA2_REAL_DATA"])
