@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/0_ground/00_core.ipynb #278d6fd9
+# %% ../nbs/0_ground/00_core.ipynb #219f9851
 class UserError(Exception):
     "A mistake the user can repair. The message says what was found, where, and what to do; no traceback is needed."
+    def _render_traceback_(self)->list[str]:
+        "What Jupyter shows: the sentence alone."
+        return [f"UserError: {self}"]
 
 # %% ../nbs/0_ground/00_core.ipynb #47973e15
 def seed_everything(
@@ -104,7 +107,7 @@ def token_logprobs(
     nll = F.cross_entropy(logits.float().reshape(b*t, v), targets.reshape(b*t), reduction="none", ignore_index=nothing)
     return -nll.view(b, t)
 
-# %% ../nbs/0_ground/00_core.ipynb #d4a1b285
+# %% ../nbs/0_ground/00_core.ipynb #167a39d9
 def _alive(pid:int)->bool:
     "Is a process with this id running on this machine? (Where it cannot be asked safely: assume so.)"
     if os.name != "posix": return True
@@ -151,7 +154,7 @@ def atomic_write(
         raise
     _fsync(path.parent)
 
-# %% ../nbs/0_ground/00_core.ipynb #c0bb4fed
+# %% ../nbs/0_ground/00_core.ipynb #a4c1c4cf
 def _plain(x):
     "What `json` cannot write by itself: paths, dtypes, dataclasses, numpy and torch values."
     if isinstance(x, (Path, torch.dtype, torch.device)): return str(x)
@@ -175,7 +178,7 @@ def read_json(
     except FileNotFoundError: raise UserError(f"{path} does not exist. Check the path.") from None
     except ValueError as e: raise UserError(f"{path} is not a JSON document ({e}). Repair it or write it again.") from None
 
-# %% ../nbs/0_ground/00_core.ipynb #425259c9
+# %% ../nbs/0_ground/00_core.ipynb #c0be9ab9
 def _parse_row(line:bytes, where:str, required:tuple)->dict:
     "One JSONL line to a dict with the required keys, or a `UserError` that begins with `where`."
     try: text = line.decode("utf-8")

@@ -25,6 +25,11 @@ def test_one_notebook_writes_one_module():
     assert twice == [], "a notebook names its module once"
 
 
+def test_numbers_are_unique():
+    counts = Counter(nb.number for nb in ROOMS)
+    assert [n for n, times in counts.items() if times > 1] == [], "the number orders the imports, so each is used once"
+
+
 def test_every_module_comes_from_a_notebook():
     made = {p.relative_to(ROOT / PACKAGE).with_suffix("").as_posix().replace("/", ".")
             for p in (ROOT / PACKAGE).rglob("*.py") if p.stem not in ("__init__", "_modidx")}
@@ -36,15 +41,16 @@ def test_every_module_comes_from_a_notebook():
 @each_room
 def test_floor_number_and_folder_agree(nb: Notebook):
     assert nb.number is not None, "the file name starts with two digits"
-    floor = nb.number // 10
-    assert nb.path.parent.name.startswith(f"{floor}_"), "the first digit is the floor"
+    assert nb.floor is not None, "the folder starts with the floor's digit"
+    below = [other.name for other in ROOMS if other.floor < nb.floor and other.number >= nb.number]
+    assert below == [], "a lower floor has lower numbers"
     if nb.module:
         part = nb.module.partition(".")[0]
-        assert part == PARTS[floor] if floor in PARTS else part not in PARTS.values(), "each floor writes its own part"
+        assert part == PARTS[nb.floor] if nb.floor in PARTS else part not in PARTS.values(), "each floor writes its own part"
 
 
 def imported(nb: Notebook) -> set[str]:
-    "The modules of our package that the exported code of a notebook imports, anywhere in it."
+    "The modules of our rooms that the exported code of a notebook imports, anywhere in it."
     names = set()
     for node in (n for c in nb.cells if c.exported for n in ast.walk(c.tree)):
         if isinstance(node, ast.Import):
@@ -53,6 +59,7 @@ def imported(nb: Notebook) -> set[str]:
             names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
         elif isinstance(node, ast.ImportFrom):
             raise AssertionError(f"{nb.name} imports relatively (line {node.lineno}); name {PACKAGE} in full")
+    assert not any(n.startswith(f"{PACKAGE}.solutions") for n in names), "a room must not import a solution"
     return {n for n in names if n in NUMBER_OF}
 
 
@@ -77,12 +84,15 @@ def import_alone(*args: str) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+MODULES = sorted(f"{PACKAGE}.{nb.module}" for nb in BOOKS if nb.module)
+
+
 def test_every_module_imports_in_a_fresh_process():
-    assert import_alone(*sorted(NUMBER_OF)) == {}
+    assert import_alone(*MODULES) == {}
 
 
 def test_every_module_imports_with_the_minimal_packages():
-    found = import_alone("--minimal", *sorted(NUMBER_OF), "pandas", "matplotlib", "fastcore")
+    found = import_alone("--minimal", *MODULES, "pandas", "matplotlib", "fastcore")
     assert found.keys() >= {"pandas", "matplotlib", "fastcore"}, "the hook refuses nothing, so this test proves nothing"
     assert found.keys() - {"pandas", "matplotlib", "fastcore"} == set(), found
 
@@ -202,3 +212,38 @@ def test_the_sync_check_sees_an_edited_module(tmp_path: Path):
     (tmp_path / "kept" / "old.py").write_text("")
     said = check_sync.differences(tmp_path / "made", tmp_path / "kept")
     assert [line.partition(":")[0] for line in said] == ["missing", "stale", "differs"]
+
+
+def test_times_change_only_when_the_machine_or_the_times_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import run_notebooks
+    path, box = tmp_path / "results" / "times.json", {"cores": 2}
+    monkeypatch.setattr(run_notebooks, "machine", lambda: dict(box))
+    seconds = lambda: json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    assert run_notebooks.record({"b.ipynb": 20.4, "a.ipynb": 5.0, "artefacts": 90.}, complete=True, path=path)
+    assert list(seconds()) == ["a.ipynb", "artefacts", "b.ipynb"] and seconds()["b.ipynb"] == 20, "sorted and rounded"
+    assert not run_notebooks.record({"b.ipynb": 23., "a.ipynb": 7.}, complete=True, path=path), "noise leaves the file as it is"
+    assert run_notebooks.record({"b.ipynb": 60.}, complete=False, path=path) and seconds() == {"a.ipynb": 5, "artefacts": 90, "b.ipynb": 60}
+    assert run_notebooks.record({"b.ipynb": 60.}, complete=True, path=path) and seconds() == {"artefacts": 90, "b.ipynb": 60}, "a is gone"
+    box["cores"] = 8
+    assert run_notebooks.record({"b.ipynb": 20.}, complete=True, path=path) and seconds() == {"b.ipynb": 20}, "times of another machine go"
+
+
+def test_times_name_no_path_of_a_machine():
+    path = ROOT / "results" / "times.json"
+    if not path.exists():
+        pytest.skip("no times are recorded yet: `make test` writes results/times.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["seconds"] == dict(sorted(found["seconds"].items())) and all(isinstance(s, int) for s in found["seconds"].values())
+    assert found["machine"].keys() == {"cores", "preset", "processor", "python", "system", "torch"}
+    assert not re.search(r"/(home|root|tmp|Users|work)\b", path.read_text(encoding="utf-8"))
+
+
+def test_a_failing_notebook_is_reported(tmp_path: Path):
+    "Planted: a notebook whose last cell fails must fail in nbdev's runner as we call it, and a good one must pass."
+    import run_notebooks
+    for name, last in (("good", "assert x == 1"), ("bad", "assert x == 2")):
+        cells = [dict(cell_type="code", id=str(i), metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(["x = 1", last])]
+        book = dict(cells=cells, metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, nbformat=4, nbformat_minor=5)
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(book), encoding="utf-8")
+        ok, _, text = run_notebooks.child(["-c", run_notebooks.RUN, str(tmp_path / f"{name}.ipynb"), "", str(ROOT)], run_notebooks.environment())
+        assert ok == (name == "good"), text

@@ -88,6 +88,12 @@ class Notebook:
         return int(found[1]) if found else None
 
     @property
+    def floor(self) -> int | None:
+        "The digit that the folder starts with; None outside the floors."
+        found = re.match(r"(\d)_", self.path.parent.name)
+        return int(found[1]) if found else None
+
+    @property
     def module(self) -> str | None:
         "The module that `#| default_exp` names, such as `model.rope`."
         names = [c.directives["default_exp"] for c in self.cells if "default_exp" in c.directives]

@@ -1,7 +1,8 @@
 """Execute every notebook with nbdev's runner, each in a process of its own, and write `results/times.json`.
 
 Use: python tools/run_notebooks.py [NAME ...] [--slow]      NAME: part of a notebook's path; all when nothing is named
-Artefacts of the preset ($LLAMA2_PRESET, default tiny) are trained first, once, and shared through runs/.
+Before a complete run, the artefacts of the preset ($LLAMA2_PRESET, default tiny) are trained once; all notebooks share
+them through runs/. A notebook that is run by name trains what it needs itself.
 The seconds in results/times.json name the hardware and versions they were measured with. Runs that stay near the
 recorded times of the same machine leave the file as it is, so testing does not dirty a clean tree.
 """
@@ -30,7 +31,7 @@ sys.exit(0 if ok else 1)
 TRAIN = """
 from llama2_nbdev.pipeline import workspace
 ws = workspace()
-for name, state in list(ws.status()): ws.get(name)
+for name, _ in list(ws.status()): ws.get(name)
 """
 
 
@@ -107,7 +108,7 @@ def train(env: dict) -> tuple[bool, float | None]:
 def run(names: list[str], slow: bool = False) -> list[str]:
     "Execute the notebooks whose path contains one of `names` (all if empty); the names of those that failed."
     env, seconds, failed = environment(), {}, []
-    ok, spent = train(env) if (ROOT / "llama2_nbdev" / "pipeline.py").exists() else (True, None)
+    ok, spent = (True, None) if names else train(env)
     if spent is not None:
         seconds[ARTEFACTS] = spent
     if not ok:

@@ -36,7 +36,7 @@ def _read_message(i:int, row) -> Message:
     except (KeyError, TypeError):
         raise UserError(f"message {i + 1}: expected an object with 'role' and 'content', got {row!r:.80}") from None
 
-# %% ../../nbs/3_finetuning/30_chat.ipynb #86da946f
+# %% ../../nbs/3_finetuning/30_chat.ipynb #a3ec6c2f
 def check_messages(
     messages:Sequence[Message|Mapping[str,str]], # a dialog, as `Message`s or as rows of a JSONL file
 ) -> list[Message]: # the same dialog
@@ -51,7 +51,7 @@ def check_messages(
             raise UserError(f"{where}: expected role {expected!r}; a dialog is an optional system message, "
                             "then user and assistant in turns")
         if not isinstance(m.content, str) or not m.content.strip():
-            raise UserError(f"{where}: the content is empty; remove the message or write something")
+            raise UserError(f"{where}: the content is empty or no text; remove the message or write something")
         for tag in TAGS:
             if tag in m.content:
                 raise UserError(f"{where}: the content contains the special tag {tag}, which could fake the "

@@ -6,12 +6,13 @@
 __all__ = ['ROTATE', 'RELATIVE_SCORE', 'CONVERT', 'ROTATE_NEXT', 'EXERCISES', 'rotate', 'check_rotate', 'relative_score',
            'check_relative_score', 'convert', 'check_convert', 'rotate_next', 'check_rotate_next']
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #d0ca51e0
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #a00cf0a7
 from collections.abc import Callable
 import torch
 from torch import Tensor
 from ..exercises import Exercise, call, expect, expect_close, recognise
-from ..model.rope import apply_rope, apply_rope_half, half_to_interleaved, interleaved_to_half, rope_frequencies, rope_table
+from ..model.rope import (apply_rope, apply_rope_half, half_to_interleaved, interleaved_to_half,
+                                     rope_frequencies, rope_table)
 
 # %% ../../nbs/solutions/12_rope_solutions.ipynb #0ddcaf48
 def rotate(x:Tensor, position:int, theta:float=10000.) -> Tensor:
@@ -38,7 +39,7 @@ def _turn_in_place(x:Tensor, angles:Tensor) -> Tensor:
     first = _turn(x, angles)[0::2]
     return torch.stack((first, first*angles.sin() + x[1::2]*angles.cos()), -1).flatten()
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #e368a6fd
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #f1307bf9
 def check_rotate(
     answer:Callable, # (x (d,), position, theta) -> (d,)
 ) -> str: # one sentence of praise
@@ -50,14 +51,19 @@ def check_rotate(
         "Nothing was turned: at position 3 the first pair turns by 3 radians.": x,
         "Your pairs turn clockwise: the minus belongs to the first channel, a cos - b sin.": _turn(x, -angles),
         "Your later pairs turn faster than the first: the exponent, -2i/d, is negative.": _turn(x, 3 * 100.**exponents),
-        "Your later pairs turn too fast: i counts pairs, so the exponent is -2i/d, not -i/d.": _turn(x, 3 * 100.**(-exponents/2)),
-        "You used the base 10000 although another was given: use the argument `theta`.": _turn(x, 3 * 10000.**-exponents),
-        "You paired channel i with i + d/2, as Hugging Face does: here the neighbours 2i and 2i + 1 are a pair.": _turn_half(x, angles),
-        "The second channel of a pair saw the first one already turned: keep both old values before you write.": _turn_in_place(x, angles)})
-    expect_close(got, _turn(x, angles), "Some values are off: turn pair i, channels 2i and 2i + 1, by position * theta ** (-2i/d) radians.")
+        "Your later pairs turn too fast: i counts pairs, so the exponent is -2i/d, not -i/d.":
+            _turn(x, 3 * 100.**(-exponents/2)),
+        "You used the base 10000 although another was given: use the argument `theta`.":
+            _turn(x, 3 * 10000.**-exponents),
+        "You paired channel i with i + d/2, as Hugging Face does: here the neighbours 2i and 2i + 1 are a pair.":
+            _turn_half(x, angles),
+        "The second channel of a pair saw the first one already turned: keep both old values before you write.":
+            _turn_in_place(x, angles)})
+    expect_close(got, _turn(x, angles),
+        "Some values are off: turn pair i, channels 2i and 2i + 1, by position * theta ** (-2i/d) radians.")
     return "Right: every pair turns anticlockwise, each at its own speed."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #144dd6ab
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #1cee2f70
 def _angles(x:Tensor, position:int, theta:float) -> Tensor:
     "The angles (d/2,) of the pairs of x at a position."
     return position * rope_frequencies(len(x), theta)
@@ -73,7 +79,8 @@ ROTATE = Exercise("rotate", check_rotate, rotate, {
     "turns clockwise (trap 2)": lambda x, p, theta: _turn(x, -_angles(x, p, theta)),
     "pairs i with i + d/2 (trap 1)": lambda x, p, theta: _turn_half(x, _angles(x, p, theta)),
     "forgets the minus in the exponent": lambda x, p, theta: _turn(x, p / rope_frequencies(len(x), theta)),
-    "counts channels where pairs are meant": lambda x, p, theta: _turn(x, p * theta**-(torch.arange(len(x)//2) / len(x))),
+    "counts channels where pairs are meant":
+        lambda x, p, theta: _turn(x, p * theta**-(torch.arange(len(x)//2) / len(x))),
     "always uses base 10000": lambda x, p, theta: _turn(x, _angles(x, p, 10000.)),
     "overwrites a value it still needs": _rotate_in_place})
 
@@ -84,7 +91,7 @@ def relative_score(q:Tensor, k:Tensor, distance:int, theta:float=10000.) -> Tens
     turn = torch.polar(torch.ones(len(zq)), distance * rope_frequencies(len(q), theta))
     return (zq * zk.conj() * turn).sum().real
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #083a5b96
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #8685f5da
 def check_relative_score(
     answer:Callable, # (q (d,), k (d,), distance, theta) -> scalar
 ) -> str: # one sentence of praise
@@ -97,13 +104,15 @@ def check_relative_score(
     recognise(got, {
         "This is q @ k: the distance changes nothing yet, turn one of the two.": q @ k,
         "The distance has the wrong sign: distance is i - j, so q turns forward, not k.": at(q, 7) @ at(k, 12),
-        "You multiplied q by k without a conjugate: that adds their angles, and a score needs the difference.": (zq * zk * turn).sum().real,
+        "You multiplied q by k without a conjugate: that adds their angles, and a score needs the difference.":
+            (zq * zk * turn).sum().real,
         "You took the length of the complex sum: the score is its real part.": (zq * zk.conj() * turn).sum().abs(),
         "You kept one number per pair: sum over the pairs.": (zq * zk.conj() * turn).real})
-    expect_close(got, want, "The number is off: for q at 12 and k at 7 it must equal the dot product of the two turned vectors.")
+    expect_close(got, want,
+        "The number is off: for q at 12 and k at 7 it must equal the dot product of the two turned vectors.")
     return "Right: neither position entered, only their distance."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #bdb4965f
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #c3ac77fa
 def _pair_products(q:Tensor, k:Tensor, distance:int, theta:float, conjugate:bool=True) -> Tensor:
     "q times the conjugate of k, pair by pair, turned by the distance: (d/2,) complex."
     zq, zk = (torch.view_as_complex(v.unflatten(0, (-1, 2))) for v in (q, k))
@@ -111,7 +120,8 @@ def _pair_products(q:Tensor, k:Tensor, distance:int, theta:float, conjugate:bool
     return zq * (zk.conj() if conjugate else zk) * torch.polar(torch.ones(len(zq)), angles)
 
 RELATIVE_SCORE = Exercise("relative_score", check_relative_score, relative_score, {
-    "turns both by the distance": lambda q, k, n, theta: _turn(q, _angles(q, n, theta)) @ _turn(k, _angles(k, n, theta)),
+    "turns both by the distance":
+        lambda q, k, n, theta: _turn(q, _angles(q, n, theta)) @ _turn(k, _angles(k, n, theta)),
     "turns k instead of q (trap 2)": lambda q, k, n, theta: q @ _turn(k, _angles(k, n, theta)),
     "forgets the conjugate": lambda q, k, n, theta: _pair_products(q, k, n, theta, conjugate=False).sum().real,
     "takes the modulus": lambda q, k, n, theta: _pair_products(q, k, n, theta).sum().abs(),
@@ -122,7 +132,7 @@ def convert(wq:Tensor, wk:Tensor, wv:Tensor, n_heads:int, n_kv_heads:int) -> tup
     "Reference: one layer's projections from Meta's layout to Hugging Face's."
     return interleaved_to_half(wq, n_heads), interleaved_to_half(wk, n_kv_heads), wv
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #64a2dfe7
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #041110c9
 def check_convert(
     answer:Callable, # (wq (h*d,c), wk (g*d,c), wv (g*d,c), n_heads, n_kv_heads) -> the three, converted
 ) -> str: # one sentence of praise
@@ -134,18 +144,25 @@ def check_convert(
     recognise(got[0], {
         "wq came back unchanged: its rows have to be regrouped, head by head.": wq,
         "You went the other way: this is Hugging Face's layout read as if it were Meta's.": half_to_interleaved(wq, h),
-        "You permuted the columns of wq: a head's channels are rows, since a linear layer computes x @ w.T.": interleaved_to_half(wq.T, h).T,
+        "You permuted the columns of wq: a head's channels are rows, since a linear layer computes x @ w.T.":
+            interleaved_to_half(wq.T, h).T,
         "You permuted wq as if it were one large head: rows must not leave their head.": interleaved_to_half(wq, 1)})
-    recognise(got[1], {"You cut wk into n_heads heads: it has only n_kv_heads, and nothing complains, since the rows divide evenly.": interleaved_to_half(wk, h)})
+    recognise(got[1], {
+        "You cut wk into n_heads heads: it has only n_kv_heads, and the rows divide evenly either way.":
+            interleaved_to_half(wk, h)})
     expect(torch.equal(got[2], wv), "You changed wv: values are never rotated, so they stay as they are.")
-    expect_close(got[0], interleaved_to_half(wq, h), "Some rows of wq are in the wrong place: in each head, even rows first, then odd rows.")
-    expect_close(got[1], interleaved_to_half(wk, g), "Some rows of wk are in the wrong place: treat it like wq, with n_kv_heads.")
+    expect_close(got[0], interleaved_to_half(wq, h),
+        "Some rows of wq are in the wrong place: in each head, even rows first, then odd rows.")
+    expect_close(got[1], interleaved_to_half(wk, g),
+        "Some rows of wk are in the wrong place: treat it like wq, with n_kv_heads.")
     return "Right: queries and keys are regrouped, each with its own number of heads, and values are left alone."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #97cab6da
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #e3f963d9
 CONVERT = Exercise("convert", check_convert, convert, {
-    "cuts wk into n_heads heads (trap 1)": lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, h), v),
-    "permutes wv as well": lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, g), interleaved_to_half(v, g)),
+    "cuts wk into n_heads heads (trap 1)":
+        lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, h), v),
+    "permutes wv as well":
+        lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, g), interleaved_to_half(v, g)),
     "goes from Hugging Face to Meta": lambda q, k, v, h, g: (half_to_interleaved(q, h), half_to_interleaved(k, g), v),
     "permutes columns": lambda q, k, v, h, g: (interleaved_to_half(q.T, h).T, interleaved_to_half(k.T, h).T, v),
     "forgets that there are heads": lambda q, k, v, h, g: (interleaved_to_half(q, 1), interleaved_to_half(k, 1), v)})
@@ -155,7 +172,7 @@ def rotate_next(x:Tensor, lengths:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
     "Reference: turn one new token per row, x (b,1,h,d), placed after `lengths` (b,) tokens."
     return apply_rope(x, cos[lengths][:,None], sin[lengths][:,None])
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #80da1cdd
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #3d0de97f
 def check_rotate_next(
     answer:Callable, # (x (b,1,h,d), lengths (b,), cos (t,d/2), sin (t,d/2)) -> (b,1,h,d)
 ) -> str: # one sentence of praise
@@ -165,18 +182,21 @@ def check_rotate_next(
     at = lambda positions: rotate_next(x, positions, cos, sin)
     got = call(answer, x, lengths, cos, sin)
     recognise(got, {
-        "Every row was placed at position 0: a cached call has to start where the prompt ended.": at(torch.zeros_like(lengths)),
-        "Every row was placed behind the longest prompt: a short prompt's next token would be far from it.": at(lengths.max().expand(3)),
+        "Every row was placed at position 0: a cached call has to start where the prompt ended.":
+            at(torch.zeros_like(lengths)),
+        "Every row was placed behind the longest prompt: a short prompt's next token would be far from it.":
+            at(lengths.max().expand(3)),
         "One too early: n tokens fill the positions 0 to n - 1, so the next stands at n.": at(lengths - 1),
         "One too late: n tokens fill the positions 0 to n - 1, so the next stands at n.": at(lengths + 1)})
     expect_close(got, at(lengths), "Some values are off: row r of the batch needs row lengths[r] of the tables.")
     low = call(answer, x.bfloat16(), lengths, cos, sin)
-    expect(low.dtype == torch.bfloat16, f"x was bf16 and the answer is {low.dtype}: cast back, or the cache grows.")
+    expect(low.dtype == torch.bfloat16, f"The answer is {low.dtype} although x was bf16: cast back at the end.")
     off = (low != rotate_next(x.bfloat16(), lengths, cos, sin)).float().mean()
-    expect(off < .05, "Right in fp32, but with bf16 activations you rotate in bf16: leave the tables in fp32 and cast x up.")
+    expect(off < .05,
+        "Right in fp32, but with bf16 activations you rotate in bf16: leave the tables in fp32 and cast x up.")
     return "Right: each row continues where its own prompt ended, in fp32."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #f70a3e36
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #11bfc123
 def _rotate_in_dtype(x:Tensor, lengths:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
     "Casts the tables to the dtype of x before it turns."
     cos, sin = (c[lengths][:,None,None].to(x.dtype) for c in (cos, sin))
@@ -185,7 +205,8 @@ def _rotate_in_dtype(x:Tensor, lengths:Tensor, cos:Tensor, sin:Tensor) -> Tensor
 
 ROTATE_NEXT = Exercise("rotate_next", check_rotate_next, rotate_next, {
     "starts again at position 0": lambda x, n, cos, sin: apply_rope(x, cos[:1], sin[:1]),
-    "takes the longest prompt for all (trap 11)": lambda x, n, cos, sin: apply_rope(x, cos[n.max()][None], sin[n.max()][None]),
+    "takes the longest prompt for all (trap 11)":
+        lambda x, n, cos, sin: apply_rope(x, cos[n.max()][None], sin[n.max()][None]),
     "counts from one": lambda x, n, cos, sin: rotate_next(x, n - 1, cos, sin),
     "leaves a gap": lambda x, n, cos, sin: rotate_next(x, n + 1, cos, sin),
     "casts the tables to bf16 (trap 3)": _rotate_in_dtype,
