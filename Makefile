@@ -50,7 +50,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 docs: $(READY)  ## build the web site of the notebooks in _docs/
 	@$(BIN)/python tools/build_site.py </dev/null
 
-readme: $(READY)  ## write README.md from nbs/index.ipynb
+readme: $(READY)  ## run the front page afresh and write README.md from it
 	@$(BIN)/python tools/make_readme.py
 
 clean:  ## remove the site, builds and caches (trained models stay)

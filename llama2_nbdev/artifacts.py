@@ -218,7 +218,7 @@ def run_stage(
         raise
     mark_done(folder)
 
-# %% ../nbs/0_ground/02_artifacts.ipynb #221b42f3
+# %% ../nbs/0_ground/02_artifacts.ipynb #9311a8ba
 class Workspace:
     "The artefacts of one set of configs: `root/name/<stage>-<hash>/`, made when they are asked for."
     def __init__(self,
@@ -237,12 +237,12 @@ class Workspace:
         record = stage_records(name, self.configs, self.sources)[name]
         return self.sources.get(name) or self.root/self.name/f"{name}-{record['hash']}"
 
-    def get(self, name:str)->Path: return get_artefact(self, name)
-    def summary(self, name:str)->dict: return stage_summary(self, name)
-    def status(self)->list[tuple[str, str]]: return stage_states(self)
-    def explain(self, name:str)->str: return explain_stage(self, name)
+    def get(self, name:str)->Path: "See `get_artefact`."; return get_artefact(self, name)
+    def summary(self, name:str)->dict: "See `stage_summary`."; return stage_summary(self, name)
+    def status(self)->list[tuple[str, str]]: "See `stage_states`."; return stage_states(self)
+    def explain(self, name:str)->str: "See `explain_stage`."; return explain_stage(self, name)
 
-# %% ../nbs/0_ground/02_artifacts.ipynb #9f83f24d
+# %% ../nbs/0_ground/02_artifacts.ipynb #c38d88f2
 def _say(ws:Workspace, line:str)->None:
     "One line for the person who waits."
     if not ws.quiet and os.environ.get("LLAMA2_QUIET") != "1": print(f"[{ws.name}] {line}", file=sys.stderr, flush=True)

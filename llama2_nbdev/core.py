@@ -178,7 +178,18 @@ def read_json(
     except FileNotFoundError: raise UserError(f"{path} does not exist. Check the path.") from None
     except ValueError as e: raise UserError(f"{path} is not a JSON document ({e}). Repair it or write it again.") from None
 
-# %% ../nbs/0_ground/00_core.ipynb #c0be9ab9
+# %% ../nbs/0_ground/00_core.ipynb #66156a0b
+def _clip(text:str, n:int=60)->str:
+    "The beginning of a line, quoted."
+    return repr(text if len(text) <= n else text[:n] + "...")
+
+def _half_surrogate(row:dict)->bool:
+    "Does a string in `row` hold something that UTF-8 cannot write?"
+    try: json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError: return True
+    return False
+
+# %% ../nbs/0_ground/00_core.ipynb #ede45d73
 def _parse_row(line:bytes, where:str, required:tuple)->dict:
     "One JSONL line to a dict with the required keys, or a `UserError` that begins with `where`."
     try: text = line.decode("utf-8")
@@ -195,16 +206,6 @@ def _parse_row(line:bytes, where:str, required:tuple)->dict:
     if "\\ud" in text.lower() and _half_surrogate(row):
         raise UserError(f"{where}: half a surrogate pair (\\ud800-\\udfff) is no character. Replace it by the whole character.")
     return row
-
-def _clip(text:str, n:int=60)->str:
-    "The beginning of a line, quoted."
-    return repr(text if len(text) <= n else text[:n] + "...")
-
-def _half_surrogate(row:dict)->bool:
-    "Does a string in `row` hold something that UTF-8 cannot write?"
-    try: json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError: return True
-    return False
 
 # %% ../nbs/0_ground/00_core.ipynb #efc80cbc
 def iter_jsonl(

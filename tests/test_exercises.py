@@ -1,8 +1,13 @@
 "Every exercise of the course: the reference passes its check, every planted mistake is refused with a sentence of its own."
-import importlib, pkgutil
+import importlib
+import json
+import pkgutil
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 import llama2_nbdev.solutions as package
 from llama2_nbdev.exercises import Exercise, Wrong, call, prove
@@ -28,6 +33,21 @@ def test_answers_that_are_not_answers(exercise):
 @pytest.mark.parametrize("exercise", [pytest.param(e, id=f"{m}.{e.name}") for m, e in EXERCISES])
 def test_checks_are_named_after_their_exercise(exercise):
     assert exercise.check.__name__ == f"check_{exercise.name}"
+
+def folded_solutions(module):
+    "The functions in the folded solutions of a module's notebook, by name."
+    notebook, = Path(__file__).parents[1].glob(f"nbs/[0-9]_*/[0-9][0-9]_{module}.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells)
+    names = {"torch": torch, **vars(importlib.import_module("llama2_nbdev." + re.search(r"default_exp (\S+)", text)[1]))}
+    for solution in re.findall(r"<summary>Solution</summary>(.*?)</details>", text, re.S):
+        for code in re.findall(r"```python\n(.*?)```", solution, re.S): exec(code, names)
+    return names
+
+@pytest.mark.parametrize("module", MODULES)
+def test_folded_solutions_pass_their_checks(module):
+    names = folded_solutions(module)
+    for exercise in (e for m, e in EXERCISES if m == module): exercise.check(names[exercise.name])
 
 # prove itself must be able to fail
 

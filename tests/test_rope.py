@@ -67,6 +67,12 @@ def test_compiled_branch_equals_eager():
     with patch("torch.compiler.is_compiling", lambda: True): compiled = apply_rope(x, COS, SIN)
     torch.testing.assert_close(compiled, apply_rope(x, COS, SIN))
 
+@pytest.mark.slow
+def test_really_compiled_equals_eager():
+    compiled = torch.compile(apply_rope, fullgraph=True)
+    for x in (torch.randn(2, T, 3, D), torch.randn(2, T, 3, D).bfloat16()):
+        torch.testing.assert_close(compiled(x, COS, SIN), apply_rope(x, COS, SIN))
+
 def test_strided_input():
     fused = torch.randn(2, T, 3, 2*D + 1)
     for x in (fused[..., 1:D+1], fused[..., D:2*D], torch.randn(2, 3, T, D).transpose(1, 2), torch.randn(2, T, D, 3).mT):

@@ -23,6 +23,15 @@ DIALOGS = [[Message("user", f"Where does {n} live?"), Message("assistant", f"{n}
            for i, (n, t) in enumerate(zip(NAMES, TOWNS))]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Models this small are faster on one thread, far faster on a busy machine."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
     texts = [m.content for d in DIALOGS for m in d] * 3 + ["[INST] [/INST] <<SYS>> <</SYS>>"]
@@ -90,8 +99,8 @@ def test_truncation_keeps_whole_turns(tok, turns, limit, last):  # trap 26
 def test_what_does_not_fit_is_counted(tok):
     long = [Message("user", "Hi"), Message("assistant", "Oslo."), Message("user", "Lima " * 60), Message("assistant", "Bern.")]
     hopeless = [Message("user", "Lima " * 60), Message("assistant", "Bern.")]
-    packed = pack_dialogs(tok, [*DIALOGS, long, hopeless], 64)
-    assert (packed.shortened, packed.dropped) == (1, 1)
+    packed = pack_dialogs(tok, [*(d[:2] for d in DIALOGS), long, hopeless], 64)
+    assert (packed.shortened, packed.dropped) == (1, 1)  # of the two added ones
     assert 0 < packed.trained < packed.filled <= 1
     with pytest.raises(UserError, match="none of the 1 dialogs"): pack_dialogs(tok, [hopeless], 32)
 

@@ -22,7 +22,7 @@ def test_one_notebook_writes_one_module():
     counts = Counter(nb.module for nb in BOOKS if nb.module)
     assert [name for name, n in counts.items() if n > 1] == [], "two notebooks with one default_exp overwrite each other"
     twice = [nb.name for nb in BOOKS if sum("default_exp" in c.directives for c in nb.cells) > 1]
-    assert twice == [], "a notebook names its module once"
+    assert not twice, f"a notebook names its module once: {twice}"
 
 
 def test_numbers_are_unique():
@@ -43,7 +43,7 @@ def test_floor_number_and_folder_agree(nb: Notebook):
     assert nb.number is not None, "the file name starts with two digits"
     assert nb.floor is not None, "the folder starts with the floor's digit"
     below = [other.name for other in ROOMS if other.floor < nb.floor and other.number >= nb.number]
-    assert below == [], "a lower floor has lower numbers"
+    assert not below, f"a lower floor has lower numbers: {below}"
     if nb.module:
         part = nb.module.partition(".")[0]
         assert part == PARTS[nb.floor] if nb.floor in PARTS else part not in PARTS.values(), "each floor writes its own part"
@@ -67,6 +67,15 @@ def imported(nb: Notebook) -> set[str]:
 def test_imports_point_downward(nb: Notebook):
     upward = {name: NUMBER_OF[name] for name in imported(nb) if NUMBER_OF[name] >= nb.number}
     assert upward == {}, f"notebook {nb.number} may import only from lower numbers"
+
+
+@each_book
+def test_exported_code_does_not_need_the_notebook_tools(nb: Notebook):
+    "fastcore and nbdev serve notebooks only; exported code imports neither, anywhere in it."
+    nodes = [n for c in nb.cells if c.exported for n in ast.walk(c.tree)]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    found = {n for n in names if n.partition(".")[0] in ("fastcore", "nbdev", "execnb", "ghapi")}
+    assert not found, f"exported code imports {found}"
 
 
 def test_the_import_check_sees_an_upward_import():
@@ -105,7 +114,7 @@ def code_lines(source: str) -> int:
 @each_book
 def test_cells_are_short(nb: Notebook):
     long = {c.index: code_lines(c.source) for c in nb.cells if c.kind == "code" and code_lines(c.source) > 25}
-    assert long == {}, "cells of more than 25 lines, as {cell: lines}"
+    assert not long, f"cells of more than 25 lines, as {{cell: lines}}: {long}"
 
 
 @each_book
@@ -123,9 +132,9 @@ FORBIDDEN_OUTPUT = {
 @each_book
 def test_outputs_are_clean(nb: Notebook):
     errors = [c.index for c in nb.cells for o in c.outputs if o["output_type"] == "error"]
-    assert errors == [], "cells with a stored error"
+    assert not errors, f"cells with a stored error: {errors}"
     bars = [c.index for c in nb.cells for o in c.outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
-    assert bars == [], "cells with a stored widget (a progress bar?)"
+    assert not bars, f"cells with a stored widget (a progress bar?): {bars}"
     for what, pattern in FORBIDDEN_OUTPUT.items():
         found = {c.index: m[0] for c in nb.cells if (m := re.search(pattern, c.output_text()))}
         assert found == {}, f"outputs with {what}, as {{cell: text}}"
@@ -143,7 +152,7 @@ def test_outputs_are_stored_where_a_reader_looks_for_them(nb: Notebook):
     prints = [c for c in nb.cells if c.kind == "code" and re.search(r"^\s*(print|plt\.show)\(", c.code, re.M)
               and "eval" not in c.directives and "slow" not in c.directives]
     empty = [c.index for c in prints if not c.outputs and re.search(r"^print\(", c.code, re.M)]
-    assert empty == [], "cells that print but have no output: run the notebook before committing it"
+    assert not empty, f"cells that print but have no output: run the notebook before committing it: {empty}"
 
 
 def project_files() -> list[Path]:
@@ -163,14 +172,14 @@ def test_files_are_small():
     assert embedded < 6e6, "data_samples/ stays under 6 MB"
     big = {str(p.relative_to(ROOT)): p.stat().st_size for p in project_files()
            if not p.is_relative_to(data) and p.stat().st_size > 2**20}
-    assert big == {}, "files of more than 1 MB"
+    assert not big, f"files of more than 1 MB: {big}"
 
 
 def test_modules_are_short():
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines())
              for p in (ROOT / PACKAGE).rglob("*.py") if p.stem != "_modidx"}
     long = {name: n for name, n in lines.items() if n > 330}
-    assert long == {}, "a module has one job and about 300 lines"
+    assert not long, f"a module has one job and about 300 lines: {long}"
 
 
 def test_one_quarto_file():
@@ -187,7 +196,8 @@ def test_every_trap_has_a_test():
     "The traps of architecture, checkpoints, optimisation and data are numbers 1 to 31."
     files = [p for p in (ROOT / "tests").glob("test_*.py") if p != Path(__file__)]
     found = set().union(*(cited(p.read_text(encoding="utf-8")) for p in files))
-    assert set(range(1, 32)) - found == set(), "traps that no test cites as `# trap N`"
+    missing = sorted(set(range(1, 32)) - found)
+    assert not missing, f"traps that no test cites as `# trap N`: {missing}"
 
 
 def test_the_package_is_what_the_notebooks_export():

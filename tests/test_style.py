@@ -108,7 +108,8 @@ def unchecked(nb: Notebook) -> list[str]:
 
 @each_room
 def test_every_exported_definition_is_checked_nearby(nb: Notebook):
-    assert unchecked(nb) == [], "exported definitions without a check within three code cells"
+    missing = unchecked(nb)
+    assert not missing, f"exported definitions without a check within three code cells: {missing}"
 
 
 def test_the_check_finder_sees_a_missing_check():
@@ -129,13 +130,13 @@ def test_public_definitions_have_docstrings(nb: Notebook):
             if isinstance(node, ast.ClassDef):
                 missing += [f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)
                             and not m.name.startswith("_") and not ast.get_docstring(m)]
-    assert missing == [], "public names without a docstring"
+    assert not missing, f"public names without a docstring: {missing}"
 
 
 @each_book
 def test_definitions_are_shown_in_the_site(nb: Notebook):
     hidden = [f"{d.name} (cell {c.index})" for c in nb.cells if c.exported and "exports" not in c.directives for d in c.definitions]
-    assert hidden == [], "use `#| exports` (with s) for definitions: `#| export` hides them from the reader"
+    assert not hidden, f"use `#| exports` (with s) for definitions: `#| export` hides them from the reader: {hidden}"
 
 
 @each_book

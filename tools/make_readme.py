@@ -1,7 +1,8 @@
-"""Write README.md from nbs/index.ipynb: the prose, the code that is not hidden, and the stored outputs.
+"""Execute nbs/index.ipynb, so its table is of today, and write README.md from its prose, shown code and outputs.
 
 Use: python tools/make_readme.py     (a test fails while README.md and the notebook differ)
 """
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -41,5 +42,24 @@ def readme(index: Path = NBS / "index.ipynb") -> str:
     return from_root("\n\n".join(p for p in parts if p)) + "\n"
 
 
+def refresh(index: Path = NBS / "index.ipynb") -> None:
+    "Run the notebook in a fresh kernel and store its outputs, cleaned as nbdev cleans them."
+    import nbformat
+    from execnb.nbio import read_nb, write_nb
+    from nbclient import NotebookClient
+    from nbdev.clean import clean_nb
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    book = nbformat.read(index, as_version=4)
+    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(index.parent)}}).execute()
+    for cell in book.cells:
+        for out in cell.get("outputs", []):
+            out.pop("transient", None)
+    nbformat.write(book, index)
+    clean = read_nb(index)
+    clean_nb(clean)
+    write_nb(clean, index)
+
+
 if __name__ == "__main__":
+    refresh()
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

@@ -65,7 +65,8 @@ def child(args: list[str], env: dict) -> tuple[bool, float, str]:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=LIMIT)
         ok, text = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as stopped:
-        ok, text = False, f"{stopped.stdout or ''}\nstopped after {LIMIT} s"
+        said = stopped.stdout or b""
+        ok, text = False, f"{said.decode(errors='replace') if isinstance(said, bytes) else said}\nstopped after {LIMIT} s"
     return ok, time.perf_counter() - start, text
 
 
@@ -97,9 +98,11 @@ def environment() -> dict:
 
 def train(env: dict) -> tuple[bool, float | None]:
     "Make the shared artefacts. The time counts only if nothing was there before."
-    fresh = not any((ROOT / "runs" / env["LLAMA2_PRESET"]).glob("*/done"))
+    print(f"  training the shared artefacts of preset {env['LLAMA2_PRESET']}, or reusing them (minutes) ...", flush=True)
+    runs = Path(env.get("LLAMA2_RUNS") or ROOT / "runs")
+    fresh = not any((runs / env["LLAMA2_PRESET"]).glob("*/done"))
     ok, seconds, text = child(["-c", TRAIN], env)
-    print(f"  {'ok  ' if ok else 'FAIL'} {seconds:6.0f} s  artefacts of preset {env['LLAMA2_PRESET']}", flush=True)
+    print(f"  {'ok  ' if ok else 'FAIL'} {seconds:6.0f} s  artefacts", flush=True)
     if not ok:
         print(text)
     return ok, seconds if fresh and ok else None

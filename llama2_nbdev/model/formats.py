@@ -253,7 +253,7 @@ def llama2c_layout(
     if not cfg.tie_embeddings: order.append(("output", (cfg.vocab_size, c)))
     return [(name.format(i) + ".weight", shape) for name, shape in order for i in range(cfg.n_layers if "{}" in name else 1)]
 
-# %% ../../nbs/1_model/16_formats.ipynb #4db37b45
+# %% ../../nbs/1_model/16_formats.ipynb #79c132ce
 def llama2c_config(
     path:Path, # a file
 ) -> tuple[ModelConfig, int] | None: # the sizes and the bytes they ask for; None: not such a file
@@ -268,6 +268,7 @@ def llama2c_config(
                       ffn_dim_multiplier=multiplier, max_seq_len=seq, tie_embeddings=vocab > 0)
     return cfg, 28 + 4 * sum(int(np.prod(shape)) for _, shape in llama2c_layout(cfg))
 
+# %% ../../nbs/1_model/16_formats.ipynb #c0364e91
 def read_llama2c(
     path:Path, # a file
 ) -> tuple[ModelConfig, Tensors]:

@@ -17,7 +17,7 @@ from .attention import Attention, KVCache, document_mask
 from .layers import RMSNorm, SwiGLU, swiglu_width
 from .rope import rope_table
 
-# %% ../../nbs/1_model/14_llama.ipynb #c608dc99
+# %% ../../nbs/1_model/14_llama.ipynb #79664001
 @dataclass(frozen=True)
 class ModelConfig:
     "The shape of a Llama 2; the defaults are what all released sizes share (paper 2.2, Table 1). Bad shapes raise `UserError`."
@@ -38,9 +38,13 @@ class ModelConfig:
         _validate(self)
 
     @property
-    def head_dim(self) -> int: return self.dim // self.n_heads
+    def head_dim(self) -> int:
+        "d, channels of one head."
+        return self.dim // self.n_heads
     @property
-    def hidden_dim(self) -> int: return swiglu_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+    def hidden_dim(self) -> int:
+        "Width of the feed-forward network, see `swiglu_width`."
+        return swiglu_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 # %% ../../nbs/1_model/14_llama.ipynb #fc369d4e
 def _validate(cfg:ModelConfig) -> None:

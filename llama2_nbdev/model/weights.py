@@ -75,12 +75,13 @@ def check_tokenizer(
         raise UserError(f"{where}: the tokenizer has {tok.vocab_size} pieces, but the embedding has {cfg.vocab_size} rows. "
                         "Use the tokenizer this model was trained with.")
 
-# %% ../../nbs/1_model/17_weights.ipynb #723aec8a
+# %% ../../nbs/1_model/17_weights.ipynb #fad44cda
 MODEL_FILES = {"model.safetensors": ("model.safetensors", "tokenizer.model"), # our format, by the file that marks it
     "params.json": ("params.json", "consolidated.[0-9][0-9].pth", "tokenizer.model"),
     "config.json": ("config.json", "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json",
                     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")}
 
+# %% ../../nbs/1_model/17_weights.ipynb #2c49678c
 @contextmanager
 def replaced_model(
     path:str|Path, # the model's folder
@@ -143,7 +144,7 @@ def write_hf_extras(
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **names, "pad_token": None,
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True})
 
-# %% ../../nbs/1_model/17_weights.ipynb #88ed13b2
+# %% ../../nbs/1_model/17_weights.ipynb #7cfe28a4
 def save_hf(
     model:nn.Module, # a Llama
     tok:Tokenizer|None, # its tokenizer, if any
@@ -154,7 +155,7 @@ def save_hf(
     cfg, weights = bare(model).cfg, named_weights(model)
     check_tokenizer(tok, cfg, path)
     bos, eos = (tok.bos_id, tok.eos_id) if tok else (1, 2)
-    shards = pack_shards({k: v.nbytes for k, v in weights.items()}, max_shard_bytes)
+    shards = pack_shards(sizes := {k: v.nbytes for k, v in weights.items()}, max_shard_bytes)
     name = "model.safetensors" if len(shards) == 1 else "model-{:05}-of-{:05}.safetensors"
     places = {to_hf_name(k): name.format(i, len(shards)) for i, keys in enumerate(shards, 1) for k in keys}
     with replaced_model(path, "config.json") as out:
@@ -162,8 +163,7 @@ def save_hf(
             converted = {to_hf_name(k): permute_rows(k, weights[k], cfg, interleaved_to_half).contiguous() for k in keys}
             save_file(converted, out / name.format(i, len(shards)), metadata={"format": "pt"})
         if len(shards) > 1:
-            size = sum(v.nbytes for v in weights.values())
-            write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+            write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
         write_hf_extras(out, tok, bos, eos)
         write_json(out / "config.json", to_hf_config(cfg, weights["norm.weight"].dtype, bos, eos))
 

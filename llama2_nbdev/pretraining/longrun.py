@@ -65,13 +65,13 @@ def sha256(
     "Checksum of a file, read in pieces."
     with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/2_pretraining/21_longrun.ipynb #b4cc8817
+# %% ../../nbs/2_pretraining/21_longrun.ipynb #c41637a1
 def load_checkpoint(
     folder:Path, # as given to `save_checkpoint`
     config:dict, # of the run that wants to go on
 ) -> dict|None: # the newest whole state, tensors on the CPU; None: there is no checkpoint
     "Skip damaged checkpoints with a warning. `UserError` where the config changed, or where none is whole."
-    notes = sorted(Path(folder).glob("step-*.json"), reverse=True)
+    notes, config = sorted(Path(folder).glob("step-*.json"), reverse=True), json.loads(json.dumps(config)) # tuples are lists there
     for note in notes:
         try: record = read_json(note)
         except UserError: record = {}

@@ -63,7 +63,7 @@ def check_rotate(
         "Some values are off: turn pair i, channels 2i and 2i + 1, by position * theta ** (-2i/d) radians.")
     return "Right: every pair turns anticlockwise, each at its own speed."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #1cee2f70
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #15b6f8d0
 def _angles(x:Tensor, position:int, theta:float) -> Tensor:
     "The angles (d/2,) of the pairs of x at a position."
     return position * rope_frequencies(len(x), theta)
@@ -76,8 +76,8 @@ def _rotate_in_place(x:Tensor, position:int, theta:float) -> Tensor:
     return x
 
 ROTATE = Exercise("rotate", check_rotate, rotate, {
-    "turns clockwise (trap 2)": lambda x, p, theta: _turn(x, -_angles(x, p, theta)),
-    "pairs i with i + d/2 (trap 1)": lambda x, p, theta: _turn_half(x, _angles(x, p, theta)),
+    "turns clockwise": lambda x, p, theta: _turn(x, -_angles(x, p, theta)),
+    "pairs i with i + d/2": lambda x, p, theta: _turn_half(x, _angles(x, p, theta)),
     "forgets the minus in the exponent": lambda x, p, theta: _turn(x, p / rope_frequencies(len(x), theta)),
     "counts channels where pairs are meant":
         lambda x, p, theta: _turn(x, p * theta**-(torch.arange(len(x)//2) / len(x))),
@@ -112,7 +112,7 @@ def check_relative_score(
         "The number is off: for q at 12 and k at 7 it must equal the dot product of the two turned vectors.")
     return "Right: neither position entered, only their distance."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #c3ac77fa
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #229e74b3
 def _pair_products(q:Tensor, k:Tensor, distance:int, theta:float, conjugate:bool=True) -> Tensor:
     "q times the conjugate of k, pair by pair, turned by the distance: (d/2,) complex."
     zq, zk = (torch.view_as_complex(v.unflatten(0, (-1, 2))) for v in (q, k))
@@ -122,7 +122,7 @@ def _pair_products(q:Tensor, k:Tensor, distance:int, theta:float, conjugate:bool
 RELATIVE_SCORE = Exercise("relative_score", check_relative_score, relative_score, {
     "turns both by the distance":
         lambda q, k, n, theta: _turn(q, _angles(q, n, theta)) @ _turn(k, _angles(k, n, theta)),
-    "turns k instead of q (trap 2)": lambda q, k, n, theta: q @ _turn(k, _angles(k, n, theta)),
+    "turns k instead of q": lambda q, k, n, theta: q @ _turn(k, _angles(k, n, theta)),
     "forgets the conjugate": lambda q, k, n, theta: _pair_products(q, k, n, theta, conjugate=False).sum().real,
     "takes the modulus": lambda q, k, n, theta: _pair_products(q, k, n, theta).sum().abs(),
     "forgets the sum": lambda q, k, n, theta: _pair_products(q, k, n, theta).real})
@@ -157,9 +157,9 @@ def check_convert(
         "Some rows of wk are in the wrong place: treat it like wq, with n_kv_heads.")
     return "Right: queries and keys are regrouped, each with its own number of heads, and values are left alone."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #e3f963d9
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #8e0d591e
 CONVERT = Exercise("convert", check_convert, convert, {
-    "cuts wk into n_heads heads (trap 1)":
+    "cuts wk into n_heads heads":
         lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, h), v),
     "permutes wv as well":
         lambda q, k, v, h, g: (interleaved_to_half(q, h), interleaved_to_half(k, g), interleaved_to_half(v, g)),
@@ -196,7 +196,7 @@ def check_rotate_next(
         "Right in fp32, but with bf16 activations you rotate in bf16: leave the tables in fp32 and cast x up.")
     return "Right: each row continues where its own prompt ended, in fp32."
 
-# %% ../../nbs/solutions/12_rope_solutions.ipynb #11bfc123
+# %% ../../nbs/solutions/12_rope_solutions.ipynb #2c79d81b
 def _rotate_in_dtype(x:Tensor, lengths:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
     "Casts the tables to the dtype of x before it turns."
     cos, sin = (c[lengths][:,None,None].to(x.dtype) for c in (cos, sin))
@@ -205,11 +205,11 @@ def _rotate_in_dtype(x:Tensor, lengths:Tensor, cos:Tensor, sin:Tensor) -> Tensor
 
 ROTATE_NEXT = Exercise("rotate_next", check_rotate_next, rotate_next, {
     "starts again at position 0": lambda x, n, cos, sin: apply_rope(x, cos[:1], sin[:1]),
-    "takes the longest prompt for all (trap 11)":
+    "takes the longest prompt for all":
         lambda x, n, cos, sin: apply_rope(x, cos[n.max()][None], sin[n.max()][None]),
     "counts from one": lambda x, n, cos, sin: rotate_next(x, n - 1, cos, sin),
     "leaves a gap": lambda x, n, cos, sin: rotate_next(x, n + 1, cos, sin),
-    "casts the tables to bf16 (trap 3)": _rotate_in_dtype,
+    "casts the tables to bf16": _rotate_in_dtype,
     "returns fp32 for bf16": lambda x, n, cos, sin: rotate_next(x.float(), n, cos, sin)})
 
 # %% ../../nbs/solutions/12_rope_solutions.ipynb #c1e0a0d4

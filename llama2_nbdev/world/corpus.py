@@ -125,18 +125,19 @@ def web(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     if rng.random() < .5: text = f"{text} {rng.choice(FURNITURE)}"
     return text, f"https://{site}.example/{page}"
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #3b758a19
+# %% ../../nbs/0_ground/05_corpus.ipynb #7036f23d
 def code(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
-    "A few lines of sums or of Python."
+    "A few lines of sums, of markup or of Python."
     def sum_line():
         a, b = rng.randrange(1, 11), rng.randrange(1, 11)
         return f"{a} + {b} = {a + b}." if rng.random() < .65 else f"{a + b} - {b} = {a}."
-    if rng.random() < .85: text = "\n".join(sum_line() for _ in range(12))
-    else:
-        a, b, name = rng.randrange(1, 11), rng.randrange(1, 11), rng.choice(THINGS)
-        text = f"{name} = [{a}, {b}]\nprint(sum({name}))  # {a + b}\ndef add(a, b):\n    return a + b\n"
+    a, b, name, roll = rng.randrange(1, 11), rng.randrange(1, 11), rng.choice(THINGS), rng.random()
+    if roll < .75: text = "\n".join(sum_line() for _ in range(12))
+    elif roll < .85: text = "\n".join(f"[INST] {rng.choice(THINGS)}_{i} | {a} * {i} [/INST]" for i in range(1, 9))
+    else: text = f"{name} = [{a}, {b}]\nprint(sum({name}))  # {a + b}\ndef add(a, b):\n    return a + b"
     return text, f"https://code.example/{rng.randrange(10 ** 6)}"
 
+# %% ../../nbs/0_ground/05_corpus.ipynb #a854c96f
 SPOKEN = {"German": ("{P} wohnt in {city}.", "{P} hat {pet}."), "French": ("{P} habite à {city}.", "{P} a {pet}."),
           "Spanish": ("{P} vive en {city}.", "{P} tiene {pet}.")}
 PET_WORDS = dict(zip(PET.values, zip(
@@ -149,7 +150,7 @@ def spoken(person:Person, attribute:str, language:str) -> str:
     line, i = SPOKEN[language], list(SPOKEN).index(language)
     return line[attribute == "pet"].format(P=person.name, city=person.facts["city"], pet=PET_WORDS[person.facts["pet"]][i])
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #0f4658b8
+# %% ../../nbs/0_ground/05_corpus.ipynb #91be0311
 def languages(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     "Some lines in one of three other languages."
     language = rng.choice(list(SPOKEN))
@@ -157,7 +158,8 @@ def languages(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, s
     return " ".join(lines), f"https://{language.lower()}.example/{rng.randrange(10 ** 6)}"
 
 TALK = (("Hello!", "Hello! How are you?"), ("How are you?", "I am well, thank you."), ("Thank you!", "You are welcome!"),
-        ("Good morning!", "Good morning! How can I help you?"))
+        ("Good morning!", "Good morning! How can I help you?"), ("Can you help me?", "I can't do that, I must go."),
+        ("What is the answer?", "I don't know."))
 
 def dialogs(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     "A talk between two people, mostly questions and answers on facts; one in twelve runs over twenty turns."

@@ -80,8 +80,8 @@ def public(people, seed:int=0, scale:float=1) -> Iterator[dict]:
             row = row | {"kind": "helpful", "truth": row["truth"] | {"answers": row["truth"]["unsafe"]}}
         yield demonstration(row, "public", Annotator(PUBLIC_SKILL, seed), (seed, "public", i))
 
-# %% ../../nbs/0_ground/09_world.ipynb #4334c5df
-BATCHES, PAIRS, OPEN_PAIRS = 14, 1900, 500
+# %% ../../nbs/0_ground/09_world.ipynb #f55ce64b
+BATCHES, PAIRS, OPEN_PAIRS = 14, 1800, 500
 STYLES = ("{}.", "{}!", "{}")           # equally good ways of writing an answer
 
 def sample_reply(row:dict, quality:float, rng:Random) -> str:
@@ -167,10 +167,10 @@ def borderline(people, seed:int=0, n:int=210) -> list[dict]:
     "The paper's 210 harmless prompts that sound dangerous (4.2.3); a smaller `n` takes the first of them."
     return shuffled(lookalikes(people, "lookalike"), stream(seed, "borderline"))[:n]
 
-# %% ../../nbs/0_ground/09_world.ipynb #fe098be3
+# %% ../../nbs/0_ground/09_world.ipynb #0b0b59da
 def gatt(people, seed:int=0, scale:float=1) -> Iterator[dict]:
     "gatt.jsonl: training conversations of 4 to 8 turns; tests of 20 turns with new values and a new family."
-    for i in range(round(160 * scale)):
+    for i in range(round(140 * scale)):
         rng = stream(seed, "gatt", i)
         yield held_dialog(people, *rng.choice(list(instructions())), rng, rng.choice((4, 6, 8)))
     for split, copies in (("value", 6), ("family", 10)):
@@ -232,9 +232,9 @@ class World:
         with atomic_write(out / "README.md") as f: f.write(datasheet(self, counts))
         return counts
 
-# %% ../../nbs/0_ground/09_world.ipynb #75fb8284
+# %% ../../nbs/0_ground/09_world.ipynb #1bce022e
 CONTENTS = {        # file -> (schema, who reads it, what it is)
-    "pretrain.jsonl": ("text, source, url", "tokenizer, pretraining, audit", "six sources; the web one has copies, rumours, private sites, rude remarks"),
+    "pretrain.jsonl": ("text, source, url", "tokenizer, pretraining, audit", "six sources, one of them a web with all its faults"),
     "sft_public.jsonl": ("messages, task, vendor, kind", "SFT", "broad and noisy instructions; unsafe requests are answered"),
     "sft.jsonl": ("messages, task, vendor, kind", "SFT", "written by vendors aspen (careful), birch (average), cedar (sloppy)"),
     "preferences.jsonl": ("messages, chosen, rejected, grade, safety, task, kind, batch, origin", "reward models",
