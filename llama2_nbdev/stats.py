@@ -85,14 +85,14 @@ def resample(
         out.append(estimate(weights))
     return np.concatenate(out)
 
-# %% ../nbs/0_ground/01_stats.ipynb #b9ea4628
+# %% ../nbs/0_ground/01_stats.ipynb #74d2e00e
 def t_quantile(
     p:float,  # probability, in (0, 1)
     df:float, # degrees of freedom, at least 1
 )->float: # x with P(T <= x) = p
     "Quantile of Student's t by numerical integration: with t = sqrt(df) tan(a), the density of the angle a is cos(a)**(df-1)."
     if df > 1e4: return NormalDist().inv_cdf(p)
-    angle = np.linspace(0, np.pi/2, 100_001)
+    angle = np.linspace(0, np.pi/2, 10_001)
     density = np.cos(angle)**(df - 1)
     area = np.concatenate([[0.], np.cumsum((density[1:] + density[:-1]) / 2)])
     a = np.interp(abs(p - .5), area / area[-1] / 2, angle)

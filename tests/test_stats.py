@@ -30,6 +30,13 @@ def test_one_way_agrees_with_the_textbook():
     assert (small.high - small.low) / 2 == pytest.approx(half, rel=.1)
 
 
+@pytest.mark.parametrize("g", [2, 4, 12])
+def test_few_clusters_vary_about_their_own_mean(g):
+    x = rng.normal(size=g)
+    variance, df = spread(lambda w: (w @ x) / w.sum(1), [np.arange(g)], 20_000, 0)
+    assert variance == pytest.approx(x.var(ddof=1) / g, rel=.05) and df == pytest.approx(g - 1)
+
+
 def test_clusters_widen_and_copies_add_nothing():
     x = rng.normal(size=50)
     once = bootstrap(x, resamples=4000)

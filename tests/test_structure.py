@@ -26,7 +26,7 @@ def test_one_notebook_writes_one_module():
 
 
 def test_numbers_are_unique():
-    counts = Counter(nb.number for nb in ROOMS)
+    counts = Counter(nb.number for nb in ROOMS if nb.module)  # a study may share the number of its method
     assert [n for n, times in counts.items() if times > 1] == [], "the number orders the imports, so each is used once"
 
 

@@ -1,4 +1,5 @@
 """Checkpoints: four containers, one set of numbers; other libraries agree; damage is an error, never a surprise."""
+import contextlib
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from llama2_nbdev.model.tokenizer import Tokenizer, llama2c_tokenizer
 from llama2_nbdev.model.weights import load, save, save_hf, save_llama2c, save_meta
 
 GQA = ModelConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=320, multiple_of=32, max_seq_len=64)
+TINY = replace(GQA, dim=16, n_layers=1, n_heads=4, n_kv_heads=2)
 SHAPES = {"gqa": GQA, "mha": replace(GQA, n_kv_heads=8), "mqa": replace(GQA, n_kv_heads=1), "tied": replace(GQA, tie_embeddings=True)}
-ODD = {"theta": replace(GQA, rope_theta=500.), "eps": replace(GQA, norm_eps=1e-3), "width": replace(GQA, multiple_of=1, ffn_dim_multiplier=1.1)}
+ODD = {"theta": replace(GQA, rope_theta=500.), "eps": replace(GQA, norm_eps=1e-3), "width": replace(GQA, multiple_of=4, ffn_dim_multiplier=1.1)}
 TOKENS = torch.arange(40).view(2, 20) * 7 % 320
 
 
@@ -46,7 +48,7 @@ def tok(tmp_path_factory) -> Tokenizer:
     return Tokenizer.train(texts, 320, tmp_path_factory.mktemp("tok") / "tokenizer.model")
 
 
-SAVERS = {"own": save, "hf": save_hf, "hf sharded": lambda m, t, p: save_hf(m, t, p, max_shard_bytes=60_000), "meta": save_meta,
+SAVERS = {"own": save, "hf": save_hf, "hf sharded": lambda m, t, p: save_hf(m, t, p, max_shard_bytes=200_000), "meta": save_meta,
           "meta 2": lambda m, t, p: save_meta(m, t, p, n_shards=2), "meta 4": lambda m, t, p: save_meta(m, t, p, n_shards=4),
           "llama2c": lambda m, t, p: save_llama2c(m, t, p / "model.bin")}
 
@@ -63,15 +65,14 @@ def test_round_trip(how, shape, tok, tmp_path):
         with pytest.raises(UserError, match="cannot cut|fixes"):
             SAVERS[how](random_model(cfg), tok, tmp_path)
         return
-    if shape == "width" and how in ("meta 2", "meta 4") and cfg.hidden_dim % int(how[-1]):
-        pytest.skip("this width does not divide")
     model = random_model(cfg)
     SAVERS[how](model, tok, tmp_path)
     twin, its_tok = load(place(tmp_path, how))
     assert torch.equal(logits(twin), logits(model)), "bit for bit"
     assert its_tok.encode("The fox met the owl at 7.") == tok.encode("The fox met the owl at 7.")
     got, want = twin.cfg, model.cfg
-    assert (got.hidden_dim, got.n_params(), got.rope_theta, got.norm_eps) == (want.hidden_dim, want.n_params(), want.rope_theta, want.norm_eps)
+    assert (got.hidden_dim, got.n_kv_heads, got.rope_theta, got.norm_eps) == (want.hidden_dim, want.n_kv_heads, want.rope_theta, want.norm_eps)
+    assert got.tie_embeddings == (want.tie_embeddings and "meta" not in how)  # Meta's files know no ties
     assert got.max_seq_len == (4096 if "meta" in how else want.max_seq_len)
     assert not twin.training and all(p.requires_grad for p in twin.parameters())
 
@@ -214,6 +215,28 @@ def test_released_sizes_survive_hugging_face_config(name):
     assert (back.n_params(), back.hidden_dim, back.n_kv_heads) == (cfg.n_params(), cfg.hidden_dim, cfg.n_kv_heads)
 
 
+def test_shards_are_cut_as_meta_cuts_them(tmp_path):
+    "A round trip cannot see this: writer and reader could be wrong together. Rank 1 of 2 computes with its files alone."
+    model = random_model(GQA)
+    save_meta(model, None, tmp_path, n_shards=2)
+    ranks = [torch.load(tmp_path / f"consolidated.0{i}.pth", weights_only=True) for i in (0, 1)]
+    whole, c, h, v = model.state_dict(), 64, GQA.hidden_dim, 320
+    for r, part in enumerate(ranks):
+        a = "layers.1.attention."
+        assert torch.equal(part["tok_embeddings.weight"], whole["tok_embeddings.weight"][:, c // 2 * r:c // 2 * (r + 1)])
+        assert torch.equal(part["output.weight"], whole["output.weight"][v // 2 * r:v // 2 * (r + 1)])
+        assert torch.equal(part[a + "wq.weight"], whole[a + "wq.weight"][c // 2 * r:c // 2 * (r + 1)]), "heads 0-3 and 4-7"
+        assert torch.equal(part[a + "wk.weight"], whole[a + "wk.weight"][c // 4 * r:c // 4 * (r + 1)]), "kv heads 0-1 and 2-3"
+        assert torch.equal(part[a + "wo.weight"], whole[a + "wo.weight"][:, c // 2 * r:c // 2 * (r + 1)])
+        assert torch.equal(part["norm.weight"], whole["norm.weight"])
+    x, f = torch.randn(5, c), "layers.0.feed_forward."
+    sums = [(torch.nn.functional.silu(x @ p[f + "w1.weight"].T) * (x @ p[f + "w3.weight"].T)) @ p[f + "w2.weight"].T for p in ranks]
+    torch.testing.assert_close(sums[0] + sums[1], model.layers[0].feed_forward(x))
+    assert ranks[0][f + "w1.weight"].shape == (h // 2, c)
+    one = tmp_path.joinpath("consolidated.00.pth").stat().st_size
+    assert one < .7 * sum(t.nbytes for t in whole.values()), "a shard holds its part, not the storage behind it"
+
+
 def test_vocabulary_of_minus_one_is_filled_in(tmp_path):
     save_meta(random_model(GQA), None, tmp_path, n_shards=2)
     params = json.loads((tmp_path / "params.json").read_text())
@@ -325,44 +348,40 @@ def test_a_missing_shard(tmp_path):
 
 def test_saving_again_leaves_nothing_behind(tok, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    save_hf(random_model(GQA), tok, tmp_path, max_shard_bytes=60_000)
+    save_hf(random_model(GQA), tok, tmp_path, max_shard_bytes=200_000)
     save_hf(random_model(GQA, seed=1), None, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "generation_config.json", "metrics.jsonl", "model.safetensors"]
     with pytest.raises(UserError, match="another format"):
         save(random_model(GQA), tok, tmp_path)
 
 
-@pytest.mark.parametrize("how", [h for h in SAVERS if h != "llama2c"])
+@pytest.mark.parametrize("how", ["own", "hf sharded", "meta 2"])
 def test_a_killed_save_never_leaves_a_mixture(how, tok, tmp_path, monkeypatch):
-    "Stop after each of the moves in turn: the folder is the old model, the new one, or no model."
-    old, new = random_model(GQA), random_model(GQA, seed=1)
+    "Stop before each removal and move in turn, until none is stopped: the folder is the old model, the new one, or none."
+    old, new = random_model(TINY), random_model(TINY, seed=1)
     SAVERS[how](old, tok, tmp_path / "first")
-    moves, states, real = 0, set(), os.replace
+    states, replace_, unlink = [], os.replace, Path.unlink
+    while not states or states[-1] != "new":
+        folder, left = shutil.copytree(tmp_path / "first", tmp_path / f"try{len(states)}"), [None] * len(states)
 
-    def stop_after(n):
-        def replace_(a, b):
-            nonlocal moves
-            if moves == n:
-                raise KeyboardInterrupt
-            moves += 1
-            real(a, b)
-        return replace_
-    for n in range(20):
-        folder = shutil.copytree(tmp_path / "first", tmp_path / f"try{n}")
-        with monkeypatch.context() as patch:
-            moves = 0
-            patch.setattr(weights.os, "replace", stop_after(n))
-            try:
-                SAVERS[how](new, tok, folder)
-            except KeyboardInterrupt:
-                pass
+        def stopping(real):
+            def step(*args, **kwargs):
+                if not left:
+                    raise KeyboardInterrupt
+                left.pop()
+                return real(*args, **kwargs)
+            return step
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(weights.os, "replace", stopping(replace_))
+            patch.setattr(weights.Path, "unlink", stopping(unlink))
+            SAVERS[how](new, tok, folder)
         try:
             found = logits(load(folder)[0])
-            states.add("old" if torch.equal(found, logits(old)) else "new" if torch.equal(found, logits(new)) else "mixture")
+            states.append("old" if torch.equal(found, logits(old)) else "new" if torch.equal(found, logits(new)) else "mixture")
         except UserError as error:
             assert "no model that can be recognised" in str(error)
-            states.add("none")
-    assert "mixture" not in states and "new" in states
+            states.append("none")
+    assert "mixture" not in states and states.count("none") >= 1 and len(states) < 60
 
 
 def test_a_failed_save_keeps_the_old_model(tok, tmp_path, monkeypatch):

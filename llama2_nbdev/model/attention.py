@@ -74,14 +74,15 @@ class LayerCache(NamedTuple):
             else: store[self.slots[0], :, self.slots[1]] = new.to(store.dtype)
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
-# %% ../../nbs/1_model/13_attention.ipynb #9946a861
+# %% ../../nbs/1_model/13_attention.ipynb #51db2bd2
 class KVCache:
     "Keys and values of every layer, allocated once. Slot index = position, so padding is never seen."
     def __init__(self, n_layers:int, batch:int, max_len:int, # layers, rows b, positions that fit
         n_kv_heads:int, head_dim:int, # g, d
         dtype:torch.dtype=torch.float32, device:torch.device|None=None):
         # zeros, not empty: a hidden slot has weight 0, but 0 * NaN would be NaN
-        self.k, self.v = torch.zeros(2, n_layers, batch, n_kv_heads, max_len, head_dim, dtype=dtype, device=device)
+        shape = n_layers, batch, n_kv_heads, max_len, head_dim
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
         self.max_len, self.length, self.slots = max_len, 0, slice(0, 0)
 
     def __getitem__(self, layer:int) -> LayerCache:
@@ -94,8 +95,8 @@ class KVCache:
         self.slots = slice(self.length - t, self.length) if positions is None else (_row_numbers(positions), positions)
         return None if positions is None else visible_mask(positions, self.length)
 
-    def keep(self, rows:Tensor) -> None:
-        "Forget every row of the batch but these (n,)."
+    def keep(self, rows:list[int]) -> None:
+        "Forget every row of the batch but these."
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 # %% ../../nbs/1_model/13_attention.ipynb #f21cd2d5

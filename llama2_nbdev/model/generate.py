@@ -92,7 +92,7 @@ def prefill(
     hidden = model.hidden(tokens, cache=cache)[torch.arange(len(prompts), device=device), last]
     return model.output(hidden).float()
 
-# %% ../../nbs/1_model/15_generate.ipynb #623555ce
+# %% ../../nbs/1_model/15_generate.ipynb #3fe1ba71
 def _new_cache(model:Llama, prompts:list[list[int]], budgets:list[int]) -> KVCache:
     "A cache just long enough for these prompts and their answers."
     cfg, weight = model.cfg, model.tok_embeddings.weight
@@ -108,7 +108,11 @@ def _advance(model:Llama, tokens:Tensor, positions:list[int], cache:KVCache) -> 
     positions = torch.tensor([[min(p, last)] for p in positions], device=tokens.device)
     return model(tokens[:, None], positions, cache=cache)[:, -1]
 
-# %% ../../nbs/1_model/15_generate.ipynb #89bef7a7
+def _reason(stopped:bool, full:bool) -> str|None:
+    "Why a row ends with this token, None if it goes on."
+    return "stop" if stopped else "length" if full else None
+
+# %% ../../nbs/1_model/15_generate.ipynb #881402e9
 @torch.inference_mode()
 def decode(
     model:Llama, # on any device
@@ -119,21 +123,20 @@ def decode(
     stop:frozenset[int]=frozenset(), # ids that end an answer
 ) -> Iterator[list[tuple[int,int,float,str|None]]]: # a step: (row, token, logprob, finish reason or None) of each live row
     "The decoding loop: sample, hand out, feed back, until every row is finished."
-    cache, lengths, rows, done = _new_cache(model, prompts, budgets), [len(p) for p in prompts], list(range(len(prompts))), set()
+    cache, rows, done = _new_cache(model, prompts, budgets), list(range(len(prompts))), set()
     logits, u = prefill(model, prompts, cache), u.to(model.tok_embeddings.weight.device)
     for step in range(max(budgets)):
         tokens, logprobs = sampler(logits, u[rows, step])
         drawn = zip(rows, tokens.tolist(), logprobs.tolist())
-        out = [(r, t, lp, "stop" if t in stop else "length" if step + 1 == budgets[r] else None) for r, t, lp in drawn if r not in done]
+        out = [(r, t, lp, _reason(t in stop, step + 1 == budgets[r])) for r, t, lp in drawn if r not in done]
         yield out
         done |= {r for r, *_, reason in out if reason}
         live = [i for i, r in enumerate(rows) if r not in done]
         if not live: return
         if len(live) <= .75*len(rows):
-            live = torch.tensor(live, device=tokens.device)
             rows, tokens = [rows[i] for i in live], tokens[live]
             cache.keep(live)
-        logits = _advance(model, tokens, [lengths[r] + step for r in rows], cache)
+        logits = _advance(model, tokens, [len(prompts[r]) + step for r in rows], cache)
 
 # %% ../../nbs/1_model/15_generate.ipynb #e9be2a20
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .attention import Attention, KVCache, document_mask
 from .layers import RMSNorm, SwiGLU, swiglu_width
 from .rope import rope_table
 
-# %% ../../nbs/1_model/14_llama.ipynb #79664001
+# %% ../../nbs/1_model/14_llama.ipynb #7f51020a
 @dataclass(frozen=True)
 class ModelConfig:
     "The shape of a Llama 2; the defaults are what all released sizes share (paper 2.2, Table 1). Bad shapes raise `UserError`."
@@ -33,9 +33,7 @@ class ModelConfig:
     max_seq_len:int=4096 # t, context in tokens
     tie_embeddings:bool=False # one matrix for input and output (Llama 2: no)
 
-    def __post_init__(self):
-        if self.n_kv_heads is None: object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _validate(self)
+    def __post_init__(self): _complete(self)
 
     @property
     def head_dim(self) -> int:
@@ -46,9 +44,10 @@ class ModelConfig:
         "Width of the feed-forward network, see `swiglu_width`."
         return swiglu_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
-# %% ../../nbs/1_model/14_llama.ipynb #fc369d4e
-def _validate(cfg:ModelConfig) -> None:
-    "Raise `UserError` for shapes that no Llama can have."
+# %% ../../nbs/1_model/14_llama.ipynb #18ec0a43
+def _complete(cfg:ModelConfig) -> None:
+    "Fill n_kv_heads in; raise `UserError` for shapes that no Llama can have."
+    if cfg.n_kv_heads is None: object.__setattr__(cfg, "n_kv_heads", cfg.n_heads)
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
         if not (isinstance(n := getattr(cfg, name), int) and n > 0):
             raise UserError(f"ModelConfig.{name} must be a positive whole number, got {n!r}")

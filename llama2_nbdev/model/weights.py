@@ -144,7 +144,7 @@ def write_hf_extras(
     write_json(out / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **names, "pad_token": None,
         "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True})
 
-# %% ../../nbs/1_model/17_weights.ipynb #7cfe28a4
+# %% ../../nbs/1_model/17_weights.ipynb #b8e5e7b3
 def save_hf(
     model:nn.Module, # a Llama
     tok:Tokenizer|None, # its tokenizer, if any
@@ -152,22 +152,21 @@ def save_hf(
     max_shard_bytes:int=5_000_000_000, # larger models are cut into several files with an index
 ):
     "Save so that `transformers.AutoModelForCausalLM.from_pretrained(path)` loads it, tokenizer included."
-    cfg, weights = bare(model).cfg, named_weights(model)
-    check_tokenizer(tok, cfg, path)
-    bos, eos = (tok.bos_id, tok.eos_id) if tok else (1, 2)
+    check_tokenizer(tok, cfg := bare(model).cfg, path)
+    weights, (bos, eos) = named_weights(model), (tok.bos_id, tok.eos_id) if tok else (1, 2)
     shards = pack_shards(sizes := {k: v.nbytes for k, v in weights.items()}, max_shard_bytes)
     name = "model.safetensors" if len(shards) == 1 else "model-{:05}-of-{:05}.safetensors"
-    places = {to_hf_name(k): name.format(i, len(shards)) for i, keys in enumerate(shards, 1) for k in keys}
     with replaced_model(path, "config.json") as out:
         for i, keys in enumerate(shards, 1):
-            converted = {to_hf_name(k): permute_rows(k, weights[k], cfg, interleaved_to_half).contiguous() for k in keys}
-            save_file(converted, out / name.format(i, len(shards)), metadata={"format": "pt"})
-        if len(shards) > 1:
-            write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+            theirs = {to_hf_name(k): permute_rows(k, weights[k], cfg, interleaved_to_half).contiguous() for k in keys}
+            save_file(theirs, out / name.format(i, len(shards)), metadata={"format": "pt"})
+        index = {"metadata": {"total_size": sum(sizes.values())},
+                 "weight_map": {to_hf_name(k): name.format(i, len(shards)) for i, keys in enumerate(shards, 1) for k in keys}}
+        if len(shards) > 1: write_json(out / "model.safetensors.index.json", index)
         write_hf_extras(out, tok, bos, eos)
         write_json(out / "config.json", to_hf_config(cfg, weights["norm.weight"].dtype, bos, eos))
 
-# %% ../../nbs/1_model/17_weights.ipynb #0f61af32
+# %% ../../nbs/1_model/17_weights.ipynb #527ce43a
 def meta_params(
     cfg:ModelConfig, # the sizes
 ) -> dict: # params.json
@@ -176,6 +175,7 @@ def meta_params(
     params = {k: v for k in keys if (v := getattr(cfg, k)) is not None}
     return params if cfg.rope_theta == 10000. else {**params, "rope_theta": cfg.rope_theta}
 
+# %% ../../nbs/1_model/17_weights.ipynb #3315b86e
 def save_meta(
     model:nn.Module, # a Llama
     tok:Tokenizer|None, # its tokenizer, if any

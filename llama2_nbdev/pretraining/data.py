@@ -138,7 +138,7 @@ class TokenData:
         "The size of every source of a split."
         return {source: len(shard.tokens) for source, shard in self.shards[split].items()}
 
-# %% ../../nbs/2_pretraining/20_data.ipynb #a1636bd6
+# %% ../../nbs/2_pretraining/20_data.ipynb #d74f6c05
 class Stream:
     "One source as an endless line of tokens: all its documents in a new order each epoch."
     def __init__(self,
@@ -146,8 +146,7 @@ class Stream:
         seed:int, # same seed, same orders
         name:str="", # of the source: sources with one seed get different orders
     ):
-        self.shard, self.key = shard, (seed, zlib.crc32(name.encode()))
-        self.lengths = np.diff(shard.ends, prepend=0)
+        self.shard, self.key, self.lengths = shard, (seed, zlib.crc32(name.encode())), np.diff(shard.ends, prepend=0)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, e:int) -> tuple[np.ndarray, np.ndarray]: # documents in their order, and where each ends
@@ -172,7 +171,19 @@ def _read_stream(self:Stream,
 
 Stream.read = _read_stream
 
-# %% ../../nbs/2_pretraining/20_data.ipynb #f6eba5b8
+# %% ../../nbs/2_pretraining/20_data.ipynb #a949f996
+def _quotas(weights:dict[str, float], size:int) -> np.ndarray: # rows of each source in a cycle; they add up to size
+    "Whole numbers nearest to the shares, by largest remainders."
+    share = np.array(list(weights.values()), dtype=np.float64)
+    if not len(share) or not np.isfinite(share).all() or (share <= 0).any():
+        raise UserError(f"mixture weights must be positive numbers, found {weights}. Leave a source out to skip it.")
+    exact = share / share.sum() * size
+    quota = np.floor(exact).astype(int)
+    quota[np.argsort(quota - exact, kind="stable")[:size - quota.sum()]] += 1
+    if quota.all(): return quota
+    raise UserError(f"mixture weights {weights}: {list(weights)[quota.argmin()]!r} gets less than one row in {size}. Raise its weight or leave it out.")
+
+# %% ../../nbs/2_pretraining/20_data.ipynb #5779e771
 class Mixture:
     "`mixture[n]`: the source of row n, and how many rows of that source came before. Exact shares, random order."
     def __init__(self,
@@ -193,17 +204,6 @@ class Mixture:
         source, rank = (x[j] for x in self.cycle(c))
         return self.names[source], int(c * self.quota[source] + rank)
 
-def _quotas(weights:dict[str, float], size:int) -> np.ndarray: # rows of each source in a cycle; they add up to size
-    "Whole numbers nearest to the shares, by largest remainders."
-    share = np.array(list(weights.values()), dtype=np.float64)
-    if not len(share) or not np.isfinite(share).all() or (share <= 0).any():
-        raise UserError(f"mixture weights must be positive numbers, found {weights}. Leave a source out to skip it.")
-    exact = share / share.sum() * size
-    quota = np.floor(exact).astype(int)
-    quota[np.argsort(quota - exact, kind="stable")[:size - quota.sum()]] += 1
-    if quota.all(): return quota
-    raise UserError(f"mixture weights {weights}: {list(weights)[quota.argmin()]!r} gets less than one row in {size}. Raise its weight or leave it out.")
-
 # %% ../../nbs/2_pretraining/20_data.ipynb #375e8bc0
 Batch = dict[str, Tensor] # tokens, targets, mask (b,t); with isolated documents also doc_ids, positions (b,t)
 
@@ -220,7 +220,7 @@ def next_token_batch(
     new[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     return batch | dict(doc_ids=doc_ids, positions=at - torch.where(new, at, 0).cummax(dim=1).values)
 
-# %% ../../nbs/2_pretraining/20_data.ipynb #ef0b1be0
+# %% ../../nbs/2_pretraining/20_data.ipynb #3107e4cd
 class Batches:
     """Batches by number: `batches[step]` is a pure function of step, so that resuming needs nothing but the step.
     A subclass has `batch_size` and `rows(step, first, last)`, which makes some rows of the global batch."""
@@ -236,8 +236,7 @@ class Batches:
     ) -> "Batches": # gives one rank's rows of each batch; ranks differ by at most one row
         "One rank's part. The parts of any world, put together, are the same global batch."
         if world > self.batch_size: raise UserError(f"{world} ranks cannot share {self.batch_size} rows. Use a larger batch or fewer ranks.")
-        mine = copy(self)
-        mine.part = (rank, world)
+        (mine := copy(self)).part = (rank, world)
         return mine
 
 # %% ../../nbs/2_pretraining/20_data.ipynb #bf23ecc3

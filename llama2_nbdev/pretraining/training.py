@@ -163,7 +163,7 @@ def evaluate_loss(
     model.train(training)
     return sum(float(s) for s, _ in sums) / max(1., sum(float(c) for _, c in sums))
 
-# %% ../../nbs/2_pretraining/22_training.ipynb #75b3d044
+# %% ../../nbs/2_pretraining/22_training.ipynb #d35dc87d
 class Run:
     "The state of a training run: what a checkpoint holds, and how it is saved and restored."
     def __init__(self,
@@ -178,7 +178,7 @@ class Run:
         self.dtype = pick_dtype(next(model.parameters()).device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         seed_everything(derive_seed(cfg.seed, "noise", parallel.rank))
         if self.folder and resume: self.restore(load_checkpoint(self.folder, self.settings()))
-        elif self.folder:
+        elif self.folder and parallel.rank == 0:
             for old in self.folder.glob("step-*"): old.unlink()
 
     def settings(self) -> dict: # JSON values
@@ -187,7 +187,7 @@ class Run:
         shape = " ".join(f"{k}{list(v.shape)}" for k, v in self.model.state_dict().items())
         return {k: v for k, v in asdict(self.cfg).items() if k not in free} | dict(model=hashlib.sha256(shape.encode()).hexdigest()[:12])
 
-# %% ../../nbs/2_pretraining/22_training.ipynb #e0417776
+# %% ../../nbs/2_pretraining/22_training.ipynb #fa36d155
 def _save(self:Run) -> None:
     "Write a checkpoint (rank 0)."
     if self.folder is None or self.parallel.rank: return
@@ -205,7 +205,11 @@ def _restore(self:Run,
     self.step, self.dtype = state["step"], getattr(torch, state["dtype"])
     if self.parallel.rank == 0: set_rng(state["rng"])
 
-Run.save, Run.restore = _save, _restore
+def _any_rank(self:Run, flag:bool) -> bool:
+    "Whether the flag is set on some rank: they must all stop after the same step, or one would wait for ever."
+    return self.parallel.all_reduce_sum(torch.tensor(float(flag), device=next(self.model.parameters()).device)).item() > 0
+
+Run.save, Run.restore, Run.any_rank = _save, _restore, _any_rank
 
 # %% ../../nbs/2_pretraining/22_training.ipynb #b0ec3a3f
 def train_step(
@@ -225,7 +229,7 @@ def train_step(
     run.step = step
     return dict(step=step, loss=loss, lr=lr, grad_norm=norm, targets=int(n))
 
-# %% ../../nbs/2_pretraining/22_training.ipynb #16c27f5d
+# %% ../../nbs/2_pretraining/22_training.ipynb #ffa3bc27
 def fit(
     model:nn.Module, # trained in place
     batches:Batches, # anything with batches[step]; several ranks also need .slice(rank, world)
@@ -245,8 +249,9 @@ def fit(
         while run.step < cfg.steps:
             batch = batches[run.step]
             monitor.add(train_step(run, batch, loss_fn), batch, on_step)
-            if stop.seen or run.step % cfg.checkpoint_every == 0 or run.step == cfg.steps: run.save()
-            if stop.seen: raise KeyboardInterrupt(_stopped(run))
+            stopping = run.any_rank(stop.seen)
+            if stopping or run.step % cfg.checkpoint_every == 0 or run.step == cfg.steps: run.save()
+            if stopping: raise KeyboardInterrupt(_stopped(run))
     return monitor.log.rows
 
 # %% ../../nbs/2_pretraining/22_training.ipynb #bb4b90b9

@@ -14,7 +14,7 @@ from .corpus import PET_WORDS, SPOKEN, built, spoken
 from .people import ATTRIBUTES, CITY, HOBBY, NAMES, PET, STRANGERS, Person, stream
 from .tasks import GREETINGS, answer, assistant, make_row, user
 
-# %% ../../nbs/0_ground/08_dialogs.ipynb #8d7ba5a2
+# %% ../../nbs/0_ground/08_dialogs.ipynb #b26c1ea8
 def held_out_chain(first:str, second:str) -> bool:
     "Is this order of two attributes kept for the test? One ordered pair in four is."
     names = [a.name for a in ATTRIBUTES]
@@ -26,9 +26,9 @@ def chain(person:Person, rng:Random, split:str, turns:int) -> list:
         order = [rng.choice(ATTRIBUTES)]
         while len(order) < turns:
             step = [a for a in ATTRIBUTES if a is not order[-1] and not held_out_chain(order[-1].name, a.name)]
-            order.append(rng.choice(step))
+            order.append(rng.choice([a for a in step if a not in order] or step))
         if split == "train": return order
-        last = [a for a in ATTRIBUTES if a is not order[-2] and held_out_chain(order[-2].name, a.name)]
+        last = [a for a in ATTRIBUTES if (a not in order[:-1] or turns > 4) and a is not order[-2] and held_out_chain(order[-2].name, a.name)]
         if last: return order[:-1] + [rng.choice(last)]
 
 # %% ../../nbs/0_ground/08_dialogs.ipynb #f843ac76
