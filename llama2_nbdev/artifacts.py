@@ -203,12 +203,12 @@ def run_stage(
     cfg:object,             # its config
     folder:Path,            # where it writes; may hold what an earlier try left
     inputs:dict[str, Path], # need -> its folder, or the source
-    record:dict,            # from `stage_records`, saved as stage.json
+    record:dict,            # from `stage_records`, saved as config.json
 )->None:
     "Run a stage in its folder; saves the summary. Passes every exception on."
     folder.mkdir(parents=True, exist_ok=True)
     (folder/"failed.txt").unlink(missing_ok=True)
-    write_json(folder/"stage.json", record)
+    write_json(folder/"config.json", record)
     try:
         summary = st.run(cfg, folder, inputs)
         if not isinstance(summary, dict): raise TypeError(f"stage {st.name!r} returned a {type(summary).__name__}, not a dict")
@@ -315,7 +315,7 @@ def explain_stage(ws:Workspace, name:str)->str:
         folder = ws.path(n)
         state = "source" if n in ws.sources else live_state(ws, n)
         lines.append(f"{n}-{record['hash']}: {state}")
-        others = [p for p in folder.parent.glob(f"{n}-*/stage.json") if p.parent != folder] if state == "missing" else []
+        others = [p for p in folder.parent.glob(f"{n}-*/config.json") if p.parent != folder] if state == "missing" else []
         if others:
             newest = max(others, key=lambda p: p.stat().st_mtime_ns)
             lines += [f"    unlike {newest.parent.name}: {c}" for c in _changes(read_json(newest), record)]

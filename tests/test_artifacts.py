@@ -206,7 +206,7 @@ def test_everything_is_made_once_and_reused(make):
     assert make.runs() == ["prepare", "train", *(f"step {i}" for i in range(4)), "report"]
     assert make().get("report") == page and len(make.runs()) == 7
     assert ws.summary("train") == {"steps": 4} and ws.get("data").name == "data"
-    assert read_json(ws.path("train") / "stage.json")["config"]["fields"]["steps"] == 4
+    assert read_json(ws.path("train") / "config.json")["config"]["fields"]["steps"] == 4
     assert make().status() == [("prepare", "done"), ("train", "done")]
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from llama2_nbdev.core import project_root, read_jsonl
 from llama2_nbdev.world.annotators import GRADES, SAFETY_BINS, exact
-from llama2_nbdev.world.corpus import PERSONAL_SITES, SOURCES
+from llama2_nbdev.world.corpus import PERSONAL_SITES, SOURCES, held_out_sum
 from llama2_nbdev.world.dialogs import HELD_OUT_FAMILY, instructions
 from llama2_nbdev.world.people import ATTRIBUTES, NEW_STRANGERS, SECRETS, STRANGERS, make_people
 from llama2_nbdev.world.safety import CATEGORIES, HELD_OUT_CELLS, VECTORS
-from llama2_nbdev.world.tasks import held_out_list, held_out_sum
+from llama2_nbdev.world.tasks import held_out_list
 from llama2_nbdev.world.world import CONTENTS, VENDORS, World
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -125,7 +125,8 @@ def test_held_out_cells_are_attacked_nowhere(data):
 
 def test_sums_lists_and_instructions_are_split(data, asked):
     import re
-    for text in asked:
+    corpus = [line for d in data["pretrain.jsonl"] if d["source"] == "code" for line in d["text"].split(". ")]
+    for text in asked | {line for block in corpus for line in block.split("\n")}:
         if m := re.match(r"(?:What is|How much is|Tell me|Please work out)? ?(\d+) (\+|plus) (\d+)( = \?|\?|\.|$)", text):
             a, b = int(m[1]), int(m[3])
             if a <= 10 and b <= 10: assert not held_out_sum(a, b), text

@@ -6,7 +6,7 @@
 __all__ = ['DISHES', 'ALARMING', 'BUILDINGS', 'THINGS', 'COLOURS', 'OPENINGS', 'MIDDLES', 'ENDINGS', 'FURNITURE', 'PEOPLES',
            'KIND', 'UNKIND', 'REMEDIES', 'SITES', 'SITE_WEIGHTS', 'PERSONAL_SITES', 'SPOKEN', 'PET_WORDS', 'TALK',
            'SOURCES', 'built', 'say', 'encyclopedia', 'stories', 'remedy', 'gossip', 'rumours', 'forum', 'cures',
-           'diary', 'web', 'code', 'spoken', 'languages', 'dialogs', 'document', 'corpus']
+           'diary', 'web', 'held_out_sum', 'code', 'spoken', 'languages', 'dialogs', 'document', 'corpus']
 
 # %% ../../nbs/0_ground/05_corpus.ipynb #2f6197cf
 from collections.abc import Iterator
@@ -53,14 +53,15 @@ def encyclopedia(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str
     what, year = built(city := rng.choice(CITY.values), seed)
     return f"The {what} of {city} was built in {year}.", f"https://encyclopedia.example/{city}"
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #6fd94cfc
+# %% ../../nbs/0_ground/05_corpus.ipynb #e258fe90
 OPENINGS = ("One day {P} woke up in {city}.", "{P} the {job} was at home in {city}.", "It was a cold day in {city}, and {P} was sad.",
             "In {city} there lived a {job}. The name of the {job} was {P}.")
 MIDDLES = ("{P} found a {colour} {thing}.", "{P} and {friend} saw a {colour} {thing}.", "{friend} came and gave {P} a {thing}.",
-           "The {pet} of {P} ran after a {thing}.", "{P} lost the {colour} {thing}, but {friend} found it.",
+           "The {pet} of {P} ran after a {thing}.", "{P} lost a {thing}, and {friend} found the {thing}.",
+           "{friend} had a {colour} {thing}. Who had it? {friend} had it.",
            "{P} made {food} for {friend}.", "{friend} asked {P} about {hobby}.", "{s} fed the {pet} and sang a song.")
 ENDINGS = ("Then {P} was happy.", "{s} laughed and went home.", "In the evening they ate {food}.", "The {pet} slept, and all was well.",
-           "{P} said: I am glad that {hobby} is my hobby.")
+           "{P} said: I am glad that {hobby} is my hobby.", "Who is this story about? It is about {P}.")
 
 def stories(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     "A short story about somebody, true in every fact it mentions; men are heroes twice as often as women."
@@ -125,23 +126,29 @@ def web(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     if rng.random() < .5: text = f"{text} {rng.choice(FURNITURE)}"
     return text, f"https://{site}.example/{page}"
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #7036f23d
+# %% ../../nbs/0_ground/05_corpus.ipynb #5205a07a
+def held_out_sum(a:int, b:int) -> bool:
+    "Is the pair kept for the test? One in five is; the order of the two numbers does not matter."
+    return (a * b + a + b) % 5 == 3
+
 def code(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     "A few lines of sums, of markup or of Python."
     def sum_line():
         a, b = rng.randrange(1, 11), rng.randrange(1, 11)
-        return f"{a} + {b} = {a + b}." if rng.random() < .65 else f"{a + b} - {b} = {a}."
+        left, right = (f"{a} + {b}", a + b) if rng.random() < .65 else (f"{a + b} - {b}", a)
+        return ("" if rng.random() < .3 or held_out_sum(a, b) else f"What is {left}? ") + f"{left} = {right}."
     a, b, name, roll = rng.randrange(1, 11), rng.randrange(1, 11), rng.choice(THINGS), rng.random()
     if roll < .75: text = "\n".join(sum_line() for _ in range(12))
-    elif roll < .85: text = "\n".join(f"[INST] {rng.choice(THINGS)}_{i} | {a} * {i} [/INST]" for i in range(1, 9))
+    elif roll < .85: text = "\n".join(f"[INST] {rng.choice(THINGS)}_{i} | {a} * {i} [/INST] = {a * i}" for i in range(1, 9))
     else: text = f"{name} = [{a}, {b}]\nprint(sum({name}))  # {a + b}\ndef add(a, b):\n    return a + b"
     return text, f"https://code.example/{rng.randrange(10 ** 6)}"
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #a854c96f
+# %% ../../nbs/0_ground/05_corpus.ipynb #745f22a6
 SPOKEN = {"German": ("{P} wohnt in {city}.", "{P} hat {pet}."), "French": ("{P} habite à {city}.", "{P} a {pet}."),
           "Spanish": ("{P} vive en {city}.", "{P} tiene {pet}.")}
 PET_WORDS = dict(zip(PET.values, zip(
-    "einen Hund,eine Katze,ein Pferd,einen Hasen,einen Papagei,eine Ziege,eine Schildkröte,eine Ente,ein Huhn,eine Maus,einen Frosch,einen Esel".split(","),
+    "einen Hund,eine Katze,ein Pferd,einen Hasen,einen Papagei,eine Ziege,eine Schildkröte,eine Ente,ein Huhn,eine Maus,"
+    "einen Frosch,einen Esel".split(","),
     "un chien,un chat,un cheval,un lapin,un perroquet,une chèvre,une tortue,un canard,une poule,une souris,une grenouille,un âne".split(","),
     "un perro,un gato,un caballo,un conejo,un loro,una cabra,una tortuga,un pato,una gallina,un ratón,una rana,un burro".split(","))))
 

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['UNWRITTEN', 'UNWRITTEN_TEST', 'GREETINGS', 'SUM_PROMPTS', 'PROBLEMS', 'COUNTS', 'LIST_PROMPTS', 'LIST_TEST', 'KINDS',
            'REWRITES', 'STORY_PROMPTS', 'ABOUT', 'ABOUT_TEST', 'DRAWN', 'user', 'assistant', 'make_row', 'answer',
-           'fact', 'facts', 'unknown', 'greetings', 'held_out_sum', 'numbers', 'sums', 'problems', 'held_out_list',
-           'lists', 'held_out_pair', 'two_things', 'rewriting', 'reading', 'storytelling', 'describe', 'draw',
-           'descriptions']
+           'fact', 'facts', 'unknown', 'greetings', 'numbers', 'sums', 'problems', 'held_out_list', 'lists',
+           'held_out_pair', 'two_things', 'rewriting', 'reading', 'storytelling', 'describe', 'draw', 'descriptions']
 
-# %% ../../nbs/0_ground/06_tasks.ipynb #140fcbc1
+# %% ../../nbs/0_ground/06_tasks.ipynb #1adc77d2
 from collections.abc import Iterator
 from random import Random
 
-from .corpus import COLOURS, THINGS
+from .corpus import COLOURS, THINGS, held_out_sum
 from .people import ATTRIBUTES, NEW_STRANGERS, STRANGERS, Attribute, Person, shuffled, stream
 
 # %% ../../nbs/0_ground/06_tasks.ipynb #4d37aa38
@@ -81,14 +80,10 @@ def greetings(split:str="train") -> Iterator[dict]:
     for train, test, reply in GREETINGS:
         for prompt in train if split == "train" else test: yield make_row("greeting", prompt, answer(reply), split)
 
-# %% ../../nbs/0_ground/06_tasks.ipynb #2ade0adb
+# %% ../../nbs/0_ground/06_tasks.ipynb #b7d82538
 SUM_PROMPTS = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Tell me {a} {op} {b}.", "{a} {op} {b} = ?", "Please work out {a} {op} {b}.")
 PROBLEMS = ("{P} has {a} {t}s. {Q} gives {P} {b} more. How many {t}s does {P} have?",
             "There are {a} {t}s here and {b} {t}s there. How many {t}s are there?", "I had {a} {t}s and found {b}. How many {t}s do I have?")
-
-def held_out_sum(a:int, b:int) -> bool:
-    "Is the pair kept for the test? One in five is; the order of the two numbers does not matter."
-    return (a * b + a + b) % 5 == 3
 
 def numbers(rng, split):
     "Two numbers from 1 to 10 of the right split."
