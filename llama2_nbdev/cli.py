@@ -83,8 +83,8 @@ def generate(
     done = complete(llama, [tok.encode(prompt)], max_new_tokens, temperature, top_p, stop_ids=[tok.eos_id], seed=seed)[0]
     print(prompt + tok.decode(done.tokens))
 
-# %% ../nbs/6_pipeline/62_cli.ipynb #706b36d4
-SUGGESTIONS = ("Hello!", "Where does Mara live?", "What is 3 + 4?", "What can you do?")
+# %% ../nbs/6_pipeline/62_cli.ipynb #75b5042e
+SUGGESTIONS = ("Hello!", "Where does Mara live?", "What is 3 + 4?", "Who are you?")
 
 def chat(
     model:str="sft",           # a stage, or a path of weights in any format
@@ -119,7 +119,7 @@ def answer(session, line:str) -> None:
     except KeyboardInterrupt: print(" [stopped]", end="")
     print(f"\n[{session.notice}]" if session.notice else "")
 
-# %% ../nbs/6_pipeline/62_cli.ipynb #2531d722
+# %% ../nbs/6_pipeline/62_cli.ipynb #5e951b59
 def convert(
     source:Path,                                  # weights in any format
     target:Path,                                  # folder (or .bin file) to write; must not exist
@@ -134,9 +134,9 @@ def convert(
     print(f"{target}: {model.cfg.n_params():,} parameters as {to}")
 
 def world(
-    out:Path,           # folder to write
+    out:Path=Path("world"), # folder to write
     seed:int=0,         # another seed, another world
-    scale:int=1,        # how much more data; 1 is what data_samples/ holds
+    scale:float=1.,     # how much data; 1 is what data_samples/ holds
 ) -> None:
     "Write the data files of the tiny world."
     from llama2_nbdev.world.world import World
@@ -161,18 +161,22 @@ def info(
         print(f"  {name:6} {cfg.n_params():>15,} parameters, {cfg.n_layers} layers, {cfg.n_heads} heads, {cfg.n_kv_heads} kv heads")
     for stage, state in workspace(preset, root=runs or None).status(): print(f"  {preset}/{stage}: {state}")
 
-# %% ../nbs/6_pipeline/62_cli.ipynb #baae4c20
+# %% ../nbs/6_pipeline/62_cli.ipynb #2d754f77
 COMMANDS = {f.__name__: f for f in (run, pretrain, sft, evaluate, report, chat, generate, convert, world, info)}
 
 def main(
     args:Sequence[str]|None=None, # None: what was typed
 ) -> None:
     "The command `llama2`. A mistake of the user gives one line and exit status 2, Ctrl-C gives 130."
-    import tyro
-    try: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llama2", args=args, description="The Llama 2 paper, executable.")
+    from tyro import conf, extras
+    try: extras.subcommand_cli_from_dict(COMMANDS, prog="llama2", args=args, config=(conf.PositionalRequiredArgs,),
+                                         description="The Llama 2 paper, executable.")
     except UserError as e:
         print(f"llama2: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nllama2: stopped; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
+
+# %% ../nbs/6_pipeline/62_cli.ipynb #af0cb06a
+if __name__ == "__main__": main()

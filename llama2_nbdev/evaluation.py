@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['score', 'summarise', 'EvaluateConfig', 'evaluate', 'evaluate_stage']
 
-# %% ../nbs/6_pipeline/58_evaluation.ipynb #16870bd7
-from dataclasses import dataclass
+# %% ../nbs/6_pipeline/58_evaluation.ipynb #d34c649e
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .artifacts import stage
@@ -29,14 +29,15 @@ def score(
              "exact": int(exact(row, reply)), "helpful": helpfulness(row, reply), "safe": safety(row, reply)}
             for row, reply in zip(rows, replies)]
 
-# %% ../nbs/6_pipeline/58_evaluation.ipynb #7bd3770d
+# %% ../nbs/6_pipeline/58_evaluation.ipynb #3390b839
 def summarise(
     records:list[dict],     # what `score` returns
     measure:str="exact",    # "exact", "helpful" or "safe"
 ) -> dict[str, Interval]:   # split -> mean with its 95 % interval
     "Mean of one measure in every split, with a bootstrap interval."
     splits = sorted({r["split"] for r in records})
-    return {s: bootstrap([r[measure] for r in records if r["split"] == s]) for s in splits}
+    intervals = {s: bootstrap([r[measure] for r in records if r["split"] == s]) for s in splits}
+    return {s: replace(i, low=max(i.low, 0.), high=min(i.high, 1.)) for s, i in intervals.items()} # measures lie in [0,1]
 
 # %% ../nbs/6_pipeline/58_evaluation.ipynb #6e563bcd
 @dataclass(frozen=True)

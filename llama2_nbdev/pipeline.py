@@ -21,8 +21,8 @@ from .pretraining.data import ShardConfig, resolve_data
 from .pretraining.training import PretrainConfig, TrainConfig
 from .report import ReportConfig
 
-# %% ../nbs/6_pipeline/60_pipeline.ipynb #6d4140fc
-MIXTURE = {"encyclopedia": 4., "stories": 1., "web": .5, "code": 1., "languages": .5, "dialogs": 1.} # relative weights
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #60e356dc
+MIXTURE = {"encyclopedia": 3., "stories": 1., "web": .5, "code": 2., "languages": .3, "dialogs": 1.5} # relative weights
 
 def nano_preset() -> dict[str, object]:
     "Every stage in seconds: for tests. The model learns little."
@@ -34,10 +34,10 @@ def nano_preset() -> dict[str, object]:
 
 def tiny_preset() -> dict[str, object]:
     "The laptop recipe: minutes on two cores."
-    return {"tokenizer": TokenizerConfig(vocab_size=768), "shards": ShardConfig(),
+    return {"tokenizer": TokenizerConfig(vocab_size=1024), "shards": ShardConfig(),
             "pretrain": PretrainConfig(model="tiny", batch_size=32, seq_len=128, weights=MIXTURE,
                                        train=TrainConfig(steps=420, lr=3e-3, warmup=20)),
-            "sft": SFTConfig(), "evaluate": EvaluateConfig(), "report": ReportConfig()}
+            "sft": SFTConfig(batch_size=8, seq_len=256, epochs=3), "evaluate": EvaluateConfig(), "report": ReportConfig()}
 
 # %% ../nbs/6_pipeline/60_pipeline.ipynb #ae92c444
 def change(

@@ -119,12 +119,12 @@ def _take_rows(rows:Batch, chosen:Tensor, n:int) -> Batch:
     def take(name, x): return torch.cat([x[chosen], x.new_full((n - len(chosen), x.shape[1]), -1 if name == "doc_ids" else 0)])
     return {name: take(name, x) for name, x in rows.items()}
 
-# %% ../../nbs/3_finetuning/31_sft.ipynb #4deb46be
+# %% ../../nbs/3_finetuning/31_sft.ipynb #4badf982
 @dataclass(frozen=True)
 class SFTConfig:
     "Supervised fine-tuning: public instructions first, then curated ones. The paper's values stand in Section 3.1."
-    batch_size:int = 16      # rows in a batch
-    seq_len:int = 512        # positions in a row
+    batch_size:int = 8       # rows in a batch
+    seq_len:int = 256        # positions in a row
     public_epochs:int = 1    # passes over sft_public.jsonl; 0 leaves the phase out
     public_lr:float = 1e-3   # peak learning rate of the public phase
     epochs:int = 2           # passes over sft.jsonl
@@ -133,7 +133,7 @@ class SFTConfig:
     seed:int = 0             # order of the data
     train:TrainConfig = field(default_factory=lambda: TrainConfig(steps=1, lr=1e-3, warmup=0)) # the rest; steps, lr, warmup, seed are set here
 
-# %% ../../nbs/3_finetuning/31_sft.ipynb #8c9db3d6
+# %% ../../nbs/3_finetuning/31_sft.ipynb #b0e95bb6
 def train_on_dialogs(
     model:Llama, # trained in place
     tok:Tokenizer, # its tokenizer
@@ -147,7 +147,7 @@ def train_on_dialogs(
     "One phase of supervised fine-tuning: next-token loss on the answers, cosine schedule over all epochs."
     batches = DialogBatches(tok, dialogs, cfg.batch_size, cfg.seq_len, cfg.seed, epochs)
     steps = len(batches)
-    train = replace(cfg.train, steps=steps, lr=lr, warmup=round(cfg.warmup * steps), seed=cfg.seed)
+    train = replace(cfg.train, steps=steps, lr=lr, warmup=max(1, round(cfg.warmup * steps)), seed=cfg.seed)
     return fit(model, batches, next_token_loss, train, out=out, desc=desc)
 
 # %% ../../nbs/3_finetuning/31_sft.ipynb #2b85127a

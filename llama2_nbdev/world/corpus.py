@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DISHES', 'ALARMING', 'BUILDINGS', 'THINGS', 'COLOURS', 'OPENINGS', 'MIDDLES', 'ENDINGS', 'FURNITURE', 'PEOPLES',
-           'KIND', 'UNKIND', 'REMEDIES', 'SITES', 'SITE_WEIGHTS', 'PERSONAL_SITES', 'SPOKEN', 'PET_WORDS', 'TALK',
-           'SOURCES', 'built', 'say', 'encyclopedia', 'stories', 'remedy', 'gossip', 'rumours', 'forum', 'cures',
-           'diary', 'web', 'held_out_sum', 'code', 'spoken', 'languages', 'dialogs', 'document', 'corpus']
+           'KIND', 'UNKIND', 'REMEDIES', 'SITES', 'SITE_WEIGHTS', 'PERSONAL_SITES', 'LARGEST', 'SPOKEN', 'PET_WORDS',
+           'TALK', 'SOURCES', 'built', 'say', 'encyclopedia', 'stories', 'remedy', 'gossip', 'rumours', 'forum',
+           'cures', 'diary', 'web', 'held_out_sum', 'code', 'spoken', 'languages', 'dialogs', 'document', 'corpus']
 
 # %% ../../nbs/0_ground/05_corpus.ipynb #2f6197cf
 from collections.abc import Iterator
@@ -126,7 +126,9 @@ def web(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     if rng.random() < .5: text = f"{text} {rng.choice(FURNITURE)}"
     return text, f"https://{site}.example/{page}"
 
-# %% ../../nbs/0_ground/05_corpus.ipynb #5205a07a
+# %% ../../nbs/0_ground/05_corpus.ipynb #abe3aeaa
+LARGEST = 6         # numbers in sums
+
 def held_out_sum(a:int, b:int) -> bool:
     "Is the pair kept for the test? One in five is; the order of the two numbers does not matter."
     return (a * b + a + b) % 5 == 3
@@ -134,10 +136,10 @@ def held_out_sum(a:int, b:int) -> bool:
 def code(people:tuple[Person, ...], rng:Random, seed:int=0) -> tuple[str, str]:
     "A few lines of sums, of markup or of Python."
     def sum_line():
-        a, b = rng.randrange(1, 11), rng.randrange(1, 11)
+        a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
         left, right = (f"{a} + {b}", a + b) if rng.random() < .65 else (f"{a + b} - {b}", a)
         return ("" if rng.random() < .3 or held_out_sum(a, b) else f"What is {left}? ") + f"{left} = {right}."
-    a, b, name, roll = rng.randrange(1, 11), rng.randrange(1, 11), rng.choice(THINGS), rng.random()
+    a, b, name, roll = rng.randint(1, 6), rng.randint(1, 6), rng.choice(THINGS), rng.random()
     if roll < .75: text = "\n".join(sum_line() for _ in range(12))
     elif roll < .85: text = "\n".join(f"[INST] {rng.choice(THINGS)}_{i} | {a} * {i} [/INST] = {a * i}" for i in range(1, 9))
     else: text = f"{name} = [{a}, {b}]\nprint(sum({name}))  # {a + b}\ndef add(a, b):\n    return a + b"

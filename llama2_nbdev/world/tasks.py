@@ -8,16 +8,21 @@ __all__ = ['UNWRITTEN', 'UNWRITTEN_TEST', 'GREETINGS', 'SUM_PROMPTS', 'PROBLEMS'
            'fact', 'facts', 'unknown', 'greetings', 'numbers', 'sums', 'problems', 'held_out_list', 'lists',
            'held_out_pair', 'two_things', 'rewriting', 'reading', 'storytelling', 'describe', 'draw', 'descriptions']
 
-# %% ../../nbs/0_ground/06_tasks.ipynb #1adc77d2
+# %% ../../nbs/0_ground/06_tasks.ipynb #6e0c6768
 from collections.abc import Iterator
 from random import Random
 
-from .corpus import COLOURS, THINGS, held_out_sum
+from .corpus import COLOURS, LARGEST, THINGS, held_out_sum
 from .people import ATTRIBUTES, NEW_STRANGERS, STRANGERS, Attribute, Person, shuffled, stream
 
 # %% ../../nbs/0_ground/06_tasks.ipynb #4d37aa38
-def user(text:str) -> dict: return {"role": "user", "content": text}
-def assistant(text:str) -> dict: return {"role": "assistant", "content": text}
+def user(text:str) -> dict:
+    "A message of the user, `{role, content}`."
+    return {"role": "user", "content": text}
+
+def assistant(text:str) -> dict:
+    "A message of the assistant, `{role, content}`."
+    return {"role": "assistant", "content": text}
 
 def make_row(task:str, prompt, truth:dict, split:str="train", kind:str="helpful") -> dict:
     "A row: `prompt` is a user message or a whole dialog; `truth['answers'][0]` is a model answer."
@@ -80,20 +85,20 @@ def greetings(split:str="train") -> Iterator[dict]:
     for train, test, reply in GREETINGS:
         for prompt in train if split == "train" else test: yield make_row("greeting", prompt, answer(reply), split)
 
-# %% ../../nbs/0_ground/06_tasks.ipynb #b7d82538
+# %% ../../nbs/0_ground/06_tasks.ipynb #b6f51278
 SUM_PROMPTS = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Tell me {a} {op} {b}.", "{a} {op} {b} = ?", "Please work out {a} {op} {b}.")
 PROBLEMS = ("{P} has {a} {t}s. {Q} gives {P} {b} more. How many {t}s does {P} have?",
             "There are {a} {t}s here and {b} {t}s there. How many {t}s are there?", "I had {a} {t}s and found {b}. How many {t}s do I have?")
 
 def numbers(rng, split):
-    "Two numbers from 1 to 10 of the right split."
+    "Two numbers from 1 to 6 of the right split."
     while True:
-        a, b = rng.randrange(1, 11), rng.randrange(1, 11)
+        a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
         if held_out_sum(a, b) == (split != "train"): return a, b
 
-# %% ../../nbs/0_ground/06_tasks.ipynb #25c55bc9
+# %% ../../nbs/0_ground/06_tasks.ipynb #f403a33c
 def sums(people:tuple[Person, ...], rng:Random, split:str="train") -> dict:
-    "A sum or a difference of numbers up to ten."
+    "A sum of two dice, or the difference that undoes it."
     (a, b), prompt = numbers(rng, split), rng.choice(SUM_PROMPTS)
     x, op, y, z = (a, "+", b, a + b) if rng.random() < .65 else (a + b, "-", b, a)
     said = op if rng.random() < .6 else {"+": "plus", "-": "minus"}[op]

@@ -1,0 +1,154 @@
+"""The recipe end to end on the smallest preset, and what bad input says."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama2_nbdev.cli import COMMANDS, main
+from llama2_nbdev.core import UserError, read_json, read_jsonl, write_jsonl
+from llama2_nbdev.pipeline import change, preset, run, tiny_preset, workspace
+from llama2_nbdev.report import FREE_PROMPTS, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("pretrain.train.steps=30", "sft.public_epochs=0", "sft.epochs=1", "evaluate.max_new_tokens=8", "report.max_new_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    "A few hundred rows of the project's data: enough to run every stage."
+    out = tmp_path_factory.mktemp("data")
+    for name, n in (("pretrain", 1500), ("sft", 300), ("sft_public", 100), ("eval", 60)):
+        write_jsonl(out / f"{name}.jsonl", read_jsonl(ROOT / "data_samples" / f"{name}.jsonl")[::max(1, 6900 // n)][:n])
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tmp_path_factory):
+    "A finished run of the nano preset on the small data."
+    root = tmp_path_factory.mktemp("runs")
+    page = run("nano", small_data, root, QUICK)
+    return workspace("nano", small_data, root, QUICK), page
+
+
+def call(capsys, *args: str) -> tuple[int, str]:
+    "Exit status and everything that a command line prints."
+    try:
+        main(args)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def test_every_stage_is_done_and_nothing_is_made_twice(finished):
+    ws, page = finished
+    assert dict(ws.status()) == dict.fromkeys(("tokenizer", "shards", "pretrain", "sft", "evaluate", "report"), "done")
+    before = page.stat().st_mtime_ns, (ws.get("report") / "report.html").stat().st_mtime_ns
+    run("nano", ws.sources["data"], ws.root, QUICK)
+    assert (ws.get("report") / "report.html").stat().st_mtime_ns == before[1]
+
+
+def test_the_loss_falls(finished):
+    rows = read_metrics(finished[0].get("pretrain"))
+    assert len(rows) == 30 and rows[-1]["loss"] < rows[0]["loss"] - .5
+
+
+def test_a_setting_remakes_what_depends_on_it_and_nothing_else(finished):
+    ws, _ = finished
+    other = workspace("nano", ws.sources["data"], ws.root, (*QUICK, "sft.lr=0.001"))
+    same = {name: other.path(name) == ws.path(name) for name in ("tokenizer", "shards", "pretrain", "sft", "evaluate", "report")}
+    assert same == {"tokenizer": True, "shards": True, "pretrain": True, "sft": False, "evaluate": False, "report": False}
+
+
+def test_the_report_is_one_file_with_everything(finished):
+    text = finished[1].read_text(encoding="utf-8")
+    assert text.count("<svg") == 2 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert len(read_json(finished[0].get("report") / "free_prompts.json")) == len(FREE_PROMPTS) == 20
+    for name in ("pretrain", "sft"):
+        assert f"<th>{name}</th>" in text
+
+
+def test_every_preset_setting_can_be_changed_and_keeps_its_type():
+    cfg = tiny_preset()["pretrain"]
+    assert change(cfg, ["train", "lr"], "1").train.lr == 1.0
+    for bad in ("pretrain.train.lr=fast", "pretrain.nothing=1", "nothing.lr=1", "pretrain"):
+        with pytest.raises(UserError):
+            preset("tiny", [bad])
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda d: None, "holds no data"),
+    (lambda d: (d / "pretrain.jsonl").write_text('{"text": "a b", "source": "web", "url": "u"}\n{"text": \n'), "pretrain.jsonl:2"),
+])
+def test_bad_data_folders_say_where_and_what(tmp_path, make, says):
+    data = tmp_path / "data"
+    data.mkdir()
+    make(data)
+    with pytest.raises(UserError, match=says):
+        workspace("nano", data, tmp_path / "runs").get("shards")
+
+
+def test_mistakes_on_the_command_line_cost_one_line(capsys, tmp_path, finished):
+    ws, _ = finished
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes((ws.get("sft") / "model.safetensors").read_bytes()[:1000])
+    for args, says in (
+        (("run", "--preset", "huge"), "choose one of nano, tiny"),
+        (("run", "--preset", "nano", "--data", str(tmp_path / "nowhere")), "nowhere"),
+        (("chat", "--model", "nowhere"), "path of weights"),
+        (("chat", "--preset", "nano", "--runs", str(tmp_path)), "llama2 run --preset nano"),
+        (("generate", "hello", "--model", str(tmp_path)), "model.safetensors"),
+        (("convert", str(ws.get("sft")), str(tmp_path)), "exists already"),
+        (("generate", "word " * 2000, "--model", str(ws.get("sft"))), "context of 1024"),
+    ):
+        status, text = call(capsys, *args)
+        assert status == 2 and says in text and "Traceback" not in text, (args, text)
+        assert text.startswith("llama2: ") and text.count("\n") == 1, text
+
+
+def test_commands_work_on_a_finished_run(capsys, monkeypatch, tmp_path, finished):
+    ws, _ = finished
+    sft = str(ws.get("sft"))
+    status, text = call(capsys, "generate", "Mara lives in", "--model", sft, "--max-new-tokens", "4", "--temperature", "0")
+    assert status == 0 and text.startswith("Mara lives in")
+    lines = iter(["Hello!", "/reset", "[INST] no", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    status, text = call(capsys, "chat", "--model", sft, "--max-new-tokens", "4")
+    assert status == 0 and text.count("llama: ") == 2 and "[INST]" in text
+    for form in ("own", "hf", "meta"):
+        status, text = call(capsys, "convert", sft, str(tmp_path / form), "--to", form)
+        assert status == 0 and f"as {form}" in text
+        assert call(capsys, "generate", "Mara", "--model", str(tmp_path / form), "--max-new-tokens", "2")[0] == 0
+    status, text = call(capsys, "world", "--seed", "0", "--out", str(tmp_path / "world"))
+    assert status == 0 and (tmp_path / "world" / "sft.jsonl").read_bytes() == (ROOT / "data_samples" / "sft.jsonl").read_bytes()
+    assert call(capsys, "info", "--preset", "nano")[0] == 0
+
+
+def test_the_end_of_the_input_ends_a_chat(capsys, monkeypatch, finished):
+    def end(prompt): raise EOFError
+    monkeypatch.setattr("builtins.input", end)
+    assert call(capsys, "chat", "--model", str(finished[0].get("sft")))[0] == 0
+
+
+def test_help_names_every_command(capsys):
+    status, text = call(capsys, "--help")
+    assert status == 0 and all(name in text for name in COMMANDS)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_leaves_a_run_that_goes_on(small_data, tmp_path):
+    command = [sys.executable, "-m", "llama2_nbdev.cli", "pretrain", "--preset", "nano", "--data", str(small_data), "--runs",
+               str(tmp_path), "--settings", "pretrain.train.steps=4000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("nano/pretrain-*/metrics.jsonl")) and time.time() < deadline: time.sleep(.1)
+    child.send_signal(signal.SIGINT)
+    text, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and "goes on where it stopped" in text and "Traceback" not in text, text
+    assert list(tmp_path.glob("nano/pretrain-*/checkpoints/step-*.pt")) and not list(tmp_path.glob("nano/pretrain-*/done"))
