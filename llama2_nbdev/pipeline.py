@@ -76,7 +76,7 @@ def preset(
         configs[stage] = change(configs[stage], path, text, key)
     return configs
 
-# %% ../nbs/6_pipeline/60_pipeline.ipynb #49a60a01
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #45f540fd
 def workspace(
     name:str|None=None,        # preset; None: $LLAMA2_PRESET or "tiny"
     data:str|Path|None=None,   # folder with the data files or a Hugging Face dataset id; None: the project's data_samples
@@ -85,7 +85,9 @@ def workspace(
 ) -> Workspace:
     "The stages of one preset over one data folder."
     name = name or os.environ.get("LLAMA2_PRESET") or "tiny"
-    data = resolve_data(data) if data else project_root()/"data_samples"
+    own, settings = project_root()/"data_samples", list(settings)
+    data = resolve_data(data) if data else own
+    if data.resolve() != own.resolve(): settings.insert(0, "pretrain.weights={}") # other data has other sources: by size
     return Workspace(name, preset(name, settings), root, sources={"data": data})
 
 # %% ../nbs/6_pipeline/60_pipeline.ipynb #b27c2243

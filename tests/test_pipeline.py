@@ -147,7 +147,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(small_data, tmp_path):
                str(tmp_path), "--settings", "pretrain.train.steps=4000"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 60
-    while not list(tmp_path.glob("nano/pretrain-*/metrics.jsonl")) and time.time() < deadline: time.sleep(.1)
+    logged = lambda: sum(p.read_text().count("\n") for p in tmp_path.glob("nano/pretrain-*/metrics.jsonl"))
+    while logged() < 3 and time.time() < deadline: time.sleep(.1)
     child.send_signal(signal.SIGINT)
     text, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "goes on where it stopped" in text and "Traceback" not in text, text
