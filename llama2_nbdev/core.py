@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'seed_everything', 'pick_device', 'matmul_seconds', 'pick_dtype', 'masked_mean', 'token_logprobs',
-           'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'read_jsonl', 'write_jsonl', 'append_jsonl',
-           'progress', 'project_root']
+           'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'row_line', 'read_jsonl', 'write_jsonl',
+           'append_jsonl', 'progress', 'project_root']
 
 # %% ../nbs/0_ground/00_core.ipynb #43840e27
 import json, os, random, secrets, time
@@ -225,6 +225,13 @@ def iter_jsonl(
                 yield _parse_row(line.rstrip(b"\r\n"), f"{path}:{i}", required)
     if not rows and not allow_empty:
         raise UserError(f"{path} has no rows. Put one JSON object on each line, or write the file again.")
+
+def row_line(
+    path:str|Path, # a JSONL file
+    row:int,       # number of a row, from 0, as `iter_jsonl` counts
+)->int: # number of its line, from 1
+    "Where a row stands: blank lines are no rows. For messages that name file and line."
+    with open(path, "rb") as f: return [i for i, line in enumerate(f, 1) if line.strip()][row]
 
 def read_jsonl(
     path:str|Path,

@@ -59,7 +59,7 @@ def evaluate(
                              temperature=cfg.temperature, desc=desc)
     return score(rows, replies)
 
-# %% ../nbs/6_pipeline/58_evaluation.ipynb #c87788e1
+# %% ../nbs/6_pipeline/58_evaluation.ipynb #331e4f41
 @stage("evaluate", config=EvaluateConfig, needs=("pretrain", "sft", "data"))
 def evaluate_stage(
     cfg:EvaluateConfig,     # what to ask and how
@@ -72,8 +72,8 @@ def evaluate_stage(
     for name in cfg.models:
         path = out/f"answers_{name}.jsonl"
         if not path.exists():
-            model, tok = load(inputs[name])
-            write_jsonl(path, evaluate(model.to(pick_device()), tok, rows, cfg, desc=f"evaluate {name}"))
+            model, tok = load(inputs[name], device=pick_device())
+            write_jsonl(path, evaluate(model, tok, rows, cfg, desc=f"evaluate {name}"))
         table[name] = {s: {"exact": i.mean, "low": i.low, "high": i.high, "n": i.n}
                        for s, i in summarise(read_jsonl(path)).items()}
     return table

@@ -76,7 +76,7 @@ def preset(
         configs[stage] = change(configs[stage], path, text, key)
     return configs
 
-# %% ../nbs/6_pipeline/60_pipeline.ipynb #45f540fd
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #0062c6a0
 def workspace(
     name:str|None=None,        # preset; None: $LLAMA2_PRESET or "tiny"
     data:str|Path|None=None,   # folder with the data files or a Hugging Face dataset id; None: the project's data_samples
@@ -86,7 +86,8 @@ def workspace(
     "The stages of one preset over one data folder."
     name = name or os.environ.get("LLAMA2_PRESET") or "tiny"
     own, settings = project_root()/"data_samples", list(settings)
-    data = resolve_data(data) if data else own
+    root = Path(root or os.environ.get("LLAMA2_RUNS") or project_root()/"runs")
+    data = resolve_data(data, cache=root/"hub") if data else own
     if data.resolve() != own.resolve(): settings.insert(0, "pretrain.weights={}") # other data has other sources: by size
     return Workspace(name, preset(name, settings), root, sources={"data": data})
 

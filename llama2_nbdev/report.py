@@ -68,10 +68,10 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.scroll{overflow-x:
 .you{font-weight:600}.ok::before{content:"\\2713 ";color:#2a8f4e}.no::before{content:"\\2717 ";color:#c0392b}
 """
 
-# %% ../nbs/6_pipeline/59_report.ipynb #70b66d2e
+# %% ../nbs/6_pipeline/59_report.ipynb #10312311
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>{{ style }}</style></head><body>
-<h1>{{ title }}</h1><p class="soft">A complete miniature of the Llama 2 recipe, trained from the data in <code>data_samples/</code>.
+<h1>{{ title }}</h1><p class="soft">A complete miniature of the Llama 2 recipe, trained from one folder of data.
 Every number on this page belongs to this toy run; none is the paper's.</p>
 <nav>{% for name in sections %}<a href="#{{ loop.index }}">{{ name }}</a>{% endfor %}</nav>
 <div class="grid">{% for f in facts %}<div class="card"><div class="big">{{ f.value }}</div>{{ f.label }}</div>{% endfor %}</div>
@@ -131,7 +131,7 @@ def sample_rows(
         if taken[split] <= per_split: rows.append({"split": split, "prompt": group[0]["prompt"], "replies": group})
     return rows
 
-# %% ../nbs/6_pipeline/59_report.ipynb #298f3f11
+# %% ../nbs/6_pipeline/59_report.ipynb #8fbb0a48
 @stage("report", config=ReportConfig, needs=("pretrain", "sft", "evaluate"))
 def report_stage(
     cfg:ReportConfig,       # what to show
@@ -140,9 +140,9 @@ def report_stage(
 ) -> dict:                  # {"prompts": how many were asked}
     "Write `report.html` from the artefacts of a run."
     import math
-    model, tok = load(inputs[cfg.models[-1]])
+    model, tok = load(inputs[cfg.models[-1]], device=pick_device())
     dialogs = [[Message("user", p)] for p in cfg.prompts]
-    replies = answer_prompts(model.to(pick_device()), tok, dialogs, max_new_tokens=cfg.max_new_tokens, temperature=0., desc="free prompts")
+    replies = answer_prompts(model, tok, dialogs, max_new_tokens=cfg.max_new_tokens, temperature=0., desc="free prompts")
     answers = {m: read_jsonl(inputs["evaluate"]/f"answers_{m}.jsonl") for m in cfg.models}
     logs = {m: read_metrics(inputs[m]) for m in cfg.models}
     facts = [{"label": "parameters", "value": f"{model.cfg.n_params()/1e6:.2f} M"}, {"label": "vocabulary", "value": tok.vocab_size},

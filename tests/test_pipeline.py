@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama2_nbdev.cli import COMMANDS, main
 from llama2_nbdev.core import UserError, read_json, read_jsonl, write_jsonl
+from llama2_nbdev.model.weights import load
 from llama2_nbdev.pipeline import change, preset, run, tiny_preset, workspace
 from llama2_nbdev.report import FREE_PROMPTS, read_metrics
 
@@ -59,6 +61,29 @@ def test_the_loss_falls(finished):
     assert len(rows) == 30 and rows[-1]["loss"] < rows[0]["loss"] - .5
 
 
+def test_phases_are_read_in_the_order_in_which_they_ran(finished):
+    ws, _ = finished
+    both = workspace("nano", ws.sources["data"], ws.root, (*QUICK, "sft.public_epochs=1"))
+    folder = both.get("sft")
+    rows, public = read_metrics(folder), read_jsonl(folder / "1_public" / "metrics.jsonl")
+    assert [r["loss"] for r in rows[:len(public)]] == [r["loss"] for r in public] and len(rows) > len(public)
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+
+
+def test_a_corpus_alone_is_enough_for_a_base_model(tmp_path, monkeypatch):
+    texts = [{"text": f"Mara has {i} red hats and {i + 1} kites."} for i in range(200)]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split, streaming: iter(texts)))
+    ws = workspace("nano", "me/hats", tmp_path, ("tokenizer.vocab_size=300",))
+    assert ws.get("shards").is_dir() and ws.sources["data"] == tmp_path / "hub" / "me--hats"
+
+
+def test_models_are_found_outside_the_project(capsys, monkeypatch, tmp_path, finished):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "generate", "Mara", "--model", str(finished[0].get("sft")), "--max-new-tokens", "2")[0] == 0
+    status, text = call(capsys, "info")
+    assert status == 0 and "6,738,415,616" in text and "data_samples" in text
+
+
 def test_a_setting_remakes_what_depends_on_it_and_nothing_else(finished):
     ws, _ = finished
     other = workspace("nano", ws.sources["data"], ws.root, (*QUICK, "sft.lr=0.001"))
@@ -84,6 +109,10 @@ def test_every_preset_setting_can_be_changed_and_keeps_its_type():
 
 @pytest.mark.parametrize("make, says", [
     (lambda d: None, "holds no data"),
+    (lambda d: (d / "notes.txt").write_text("no corpus"), "pretrain.jsonl"),
+    (lambda d: (d / "pretrain.jsonl").write_text('{"text": "a b"}\n\n{"text": null}\n'), "pretrain.jsonl:3: 'text' holds no text"),
+    (lambda d: ((d / "pretrain.jsonl").write_text('{"text": "a b"}\n'), (d / "sft.jsonl").write_text('{"messages": [{"role": "user"}]}\n')),
+     "sft.jsonl:1: 'messages' holds no text"),
     (lambda d: (d / "pretrain.jsonl").write_text('{"text": "a b", "source": "web", "url": "u"}\n{"text": \n'), "pretrain.jsonl:2"),
 ])
 def test_bad_data_folders_say_where_and_what(tmp_path, make, says):
@@ -117,14 +146,19 @@ def test_commands_work_on_a_finished_run(capsys, monkeypatch, tmp_path, finished
     sft = str(ws.get("sft"))
     status, text = call(capsys, "generate", "Mara lives in", "--model", sft, "--max-new-tokens", "4", "--temperature", "0")
     assert status == 0 and text.startswith("Mara lives in")
+    tok = load(sft)[1]
+    assert text.strip() == tok.decode(tok.encode(text.strip()))
     lines = iter(["Hello!", "/reset", "[INST] no", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, text = call(capsys, "chat", "--model", sft, "--max-new-tokens", "4")
     assert status == 0 and text.count("llama: ") == 2 and "[INST]" in text
-    for form in ("own", "hf", "meta"):
-        status, text = call(capsys, "convert", sft, str(tmp_path / form), "--to", form)
-        assert status == 0 and f"as {form}" in text
-        assert call(capsys, "generate", "Mara", "--model", str(tmp_path / form), "--max-new-tokens", "2")[0] == 0
+    for form, name in (("own", "own"), ("hf", "hf"), ("meta", "meta"), ("llama2c", "model.bin")):
+        status, text = call(capsys, "convert", sft, str(tmp_path / name), "--to", form)
+        assert status == 0 and f"as {form}" in text, text
+        status, text = call(capsys, "generate", "Mara", "--model", str(tmp_path / name), "--max-new-tokens", "2")
+        assert status == 0, text
+    status, text = call(capsys, "evaluate", "--preset", "nano", "--data", str(ws.sources["data"]), "--runs", str(ws.root), "--settings", *QUICK)
+    assert status == 0 and "phrasing" in text and "%" in text
     status, text = call(capsys, "world", "--seed", "0", "--out", str(tmp_path / "world"))
     assert status == 0 and (tmp_path / "world" / "sft.jsonl").read_bytes() == (ROOT / "data_samples" / "sft.jsonl").read_bytes()
     assert call(capsys, "info", "--preset", "nano")[0] == 0
@@ -143,7 +177,7 @@ def test_help_names_every_command(capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_leaves_a_run_that_goes_on(small_data, tmp_path):
-    command = [sys.executable, "-m", "llama2_nbdev.cli", "pretrain", "--preset", "nano", "--data", str(small_data), "--runs",
+    command = [sys.executable, "-c", "from llama2_nbdev.cli import main; main()", "pretrain", "--preset", "nano", "--data", str(small_data), "--runs",
                str(tmp_path), "--settings", "pretrain.train.steps=4000"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 60

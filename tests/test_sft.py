@@ -165,9 +165,9 @@ def test_read_dialogs_names_file_and_row(tmp_path):
     good, file = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}, tmp_path / "sft.jsonl"
     write_jsonl(file, [good, good])
     assert len(read_dialogs(file)) == 2
-    for bad, says in (({"messages": good["messages"][:1]}, "row 2: the dialog ends without an answer"),
-                      ({"messages": []}, "row 2: the dialog has no user message"),
-                      ({"messages": [{"role": "user", "content": "[INST]"}]}, "row 2: message 1 .*special tag"),
+    for bad, says in (({"messages": good["messages"][:1]}, ":2: the dialog ends without an answer"),
+                      ({"messages": []}, ":2: the dialog has no user message"),
+                      ({"messages": [{"role": "user", "content": "[INST]"}]}, ":2: message 1 .*special tag"),
                       ({"text": "Hi"}, "sft.jsonl:2.*messages")):
         write_jsonl(file, [good, bad])
         with pytest.raises(UserError, match=says): read_dialogs(file)

@@ -313,14 +313,21 @@ def test_mfu_is_what_its_formula_says(monkeypatch):  # trap 30
     flops = 6 * matrices + 6 * SMALL.n_layers * 12 * SMALL.dim
     assert row["tokens_per_s"] == 2 * 72 / 2 and row["mfu"] == pytest.approx(flops * 72 / 2e12)
 
+def test_peaks_are_those_of_dense_bf16(monkeypatch):  # trap 30
+    for name, peak in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        longrun.peak_flops.cache_clear()
+        assert longrun.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    longrun.peak_flops.cache_clear()
+
 def test_tensorboard_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"): trained(tmp_path, replace(TRAIN, tensorboard=True))
     got = []
-    writer = lambda folder, purge_step: SimpleNamespace(add_scalar=lambda k, v, step: got.append((k, step)))
+    writer = lambda folder, purge_step: SimpleNamespace(add_scalar=lambda k, v, step: got.append((k, step)), close=lambda: got.append("closed"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     trained(tmp_path, replace(TRAIN, tensorboard=True))
-    assert ("loss", 8) in got and ("lr", 1) in got
+    assert ("loss", 8) in got and ("lr", 1) in got and got[-1] == "closed"
 
 def test_seeds_are_independent():  # trap 28
     seeds = {derive_seed(s, p, r) for s in range(20) for p in ("init", "data", "noise") for r in range(4)}

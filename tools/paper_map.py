@@ -1,5 +1,7 @@
 """The front page's table: paper section, notebook, module, measured time. Read from the notebooks, so it cannot drift."""
 import json
+import posixpath
+import re
 from pathlib import Path
 
 from docs_filter import duration
@@ -22,6 +24,12 @@ def module_file(module: str | None, root: Path = ROOT) -> str:
     return f"[`{module}`](../{path})" if (root / path).exists() else f"`{module}`"
 
 
+def from_front_page(text: str, name: str) -> str:
+    "Markdown of the notebook `name` with its relative links as seen from nbs/."
+    here = posixpath.dirname(name)
+    return re.sub(r"\]\((?![a-z]+:|#)([^)]+)\)", lambda m: f"]({posixpath.normpath(posixpath.join(here, m[1]))})", text)
+
+
 def paper_map(root: Path = ROOT) -> str:
     "The table as Markdown, with links relative to nbs/."
     seconds = measured(root)["seconds"]
@@ -32,7 +40,8 @@ def paper_map(root: Path = ROOT) -> str:
             part = nb.floor
             rows.append(f"| **{PARTS[part]}** | | | |")
         time = duration(seconds[nb.name]) if nb.name in seconds else "–"
-        rows.append(f"| {nb.facts.get('Paper', '')} | [{nb.number:02d} {nb.title}]({nb.name}) | {module_file(nb.module, root)} | {time} |")
+        paper = from_front_page(nb.facts.get("Paper", ""), nb.name)
+        rows.append(f"| {paper} | [{nb.number:02d} {nb.title}]({nb.name}) | {module_file(nb.module, root)} | {time} |")
     return "\n".join(rows)
 
 

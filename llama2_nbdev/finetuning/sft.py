@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import stage
-from ..core import UserError, iter_jsonl, pick_device, progress
+from ..core import UserError, iter_jsonl, pick_device, progress, row_line
 from .chat import Message, check_messages, decode_answer, encode_dialog, encode_prompt, fit_context
 from ..model.generate import generate
 from ..model.llama import Llama
@@ -31,10 +31,10 @@ def read_dialogs(
 ) -> list[dict]: # its rows
     "Read dialogs to train on; `UserError` names the file and the first row that is no finished dialog."
     rows = []
-    for i, row in enumerate(iter_jsonl(path, required=("messages",)), 1):
+    for i, row in enumerate(iter_jsonl(path, required=("messages",))):
         try: last = check_messages(row["messages"])[-1]
-        except UserError as e: raise UserError(f"{path}, row {i}: {e}") from None
-        if last.role != "assistant": raise UserError(f"{path}, row {i}: the dialog ends without an answer; add one")
+        except UserError as e: raise UserError(f"{path}:{row_line(path, i)}: {e}") from None
+        if last.role != "assistant": raise UserError(f"{path}:{row_line(path, i)}: the dialog ends without an answer; add one")
         rows.append(row)
     return rows
 
@@ -161,11 +161,11 @@ def train_sft(
     tok = Tokenizer(inputs["tokenizer"] / "tokenizer.model")
     model = load(inputs["pretrain"])[0].to(pick_device())
     summary = {}
-    for phase, file, epochs, lr in (("public", "sft_public.jsonl", cfg.public_epochs, cfg.public_lr),
-                                    ("curated", "sft.jsonl", cfg.epochs, cfg.lr)):
+    phases = (("public", "sft_public.jsonl", cfg.public_epochs, cfg.public_lr), ("curated", "sft.jsonl", cfg.epochs, cfg.lr))
+    for i, (phase, file, epochs, lr) in enumerate(phases, 1):
         if epochs == 0: continue
         dialogs = [row["messages"] for row in read_dialogs(inputs["data"] / file)]
-        history = train_on_dialogs(model, tok, dialogs, cfg, epochs, lr, out / phase, f"sft {phase}")
+        history = train_on_dialogs(model, tok, dialogs, cfg, epochs, lr, out / f"{i}_{phase}", f"sft {phase}")
         summary[phase] = {"dialogs": len(dialogs), "steps": history[-1]["step"], "loss": history[-1]["loss"]}
     save(model, tok, out)
     return summary

@@ -59,7 +59,7 @@ def permute_rows(
     cfg:ModelConfig, # gives the numbers of heads
     permutation:Callable, # `interleaved_to_half` or `half_to_interleaved`
 ) -> Tensor: # rows of q and k reordered, anything else untouched
-    "Change the RoPE layout: only rows of wq (n_heads) and wk (n_kv_heads) move (trap 1)."
+    "Change the RoPE layout: only rows of wq (n_heads) and wk (n_kv_heads) move."
     heads = {"attention.wq.weight": cfg.n_heads, "attention.wk.weight": cfg.n_kv_heads}.get(name.split(".", 2)[-1])
     return permutation(t, heads) if heads else t
 
@@ -213,7 +213,7 @@ def split_dim(
 def read_pth(
     file:Path, # a torch.save file
 ) -> dict[str, Tensor]: # memory-mapped
-    "Read a state dict; never runs code from the file (trap 14)."
+    "Read a state dict; never runs code from the file."
     try: state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error: # whatever a damaged or hostile file provokes
         raise UserError(f"{file} cannot be read as weights only: damaged, truncated, or it holds more than tensors "
@@ -272,7 +272,7 @@ def llama2c_config(
 def read_llama2c(
     path:Path, # a file
 ) -> tuple[ModelConfig, Tensors]:
-    "Read llama2.c's legacy format; the two tables of RoPE in it are not used (trap 3)."
+    "Read llama2.c's legacy format; the two tables of RoPE in it are not used."
     cfg, wanted = llama2c_config(path)
     if (found := path.stat().st_size) != wanted:
         raise UserError(f"{path} has {found} bytes, but its header (dim {cfg.dim}, {cfg.n_layers} layers, vocabulary {cfg.vocab_size}) "

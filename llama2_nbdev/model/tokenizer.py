@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from ..artifacts import stage
-from ..core import UserError, atomic_write, iter_jsonl
+from ..core import UserError, atomic_write, iter_jsonl, row_line
 
 # %% ../../nbs/1_model/10_tokenizer.ipynb #9480b0b8
 def train_bpe(
@@ -145,9 +145,6 @@ class Decoder(Vocabulary):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 # %% ../../nbs/1_model/10_tokenizer.ipynb #19070ca8
-SPACE = "\u2581" # SentencePiece writes a space as this meta symbol
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6 # types of a piece in a SentencePiece model
-
 def read_llama2c_pieces(
     data:bytes, # the content of a file
 ) -> list[tuple[str, float, int]] | None: # (piece, score, type) by id; None: this is not llama2.c's format
@@ -267,9 +264,14 @@ def corpus_texts(
     data:Path, # folder with pretrain.jsonl and sft.jsonl
 ) -> Iterator[str]: # documents, then the messages of the curated dialogs
     "Stream the texts that the tokenizer is trained on."
-    for row in iter_jsonl(data / "pretrain.jsonl", required=("text",)): yield row["text"]
-    for row in iter_jsonl(data / "sft.jsonl", required=("messages",)):
-        for message in row["messages"]: yield message["content"]
+    for name, key in (("pretrain.jsonl", "text"), ("sft.jsonl", "messages")):
+        if name == "sft.jsonl" and not (data / name).is_file(): return # a corpus alone is enough for a base model
+        for n, row in enumerate(iter_jsonl(data / name, required=(key,))):
+            try: texts = [row[key]] if key == "text" else [message["content"] for message in row[key]]
+            except (KeyError, TypeError): texts = [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{data / name}:{row_line(data / name, n)}: {key!r} holds no text. Fill it in, or delete the line.")
+            yield from texts
 
 @stage("tokenizer", config=TokenizerConfig, needs=("data",))
 def train_tokenizer(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..artifacts import stage
-from ..core import UserError, atomic_write, iter_jsonl, progress, read_json, write_json, write_jsonl
+from ..core import UserError, atomic_write, iter_jsonl, progress, read_json, row_line, write_json, write_jsonl
 from ..model.tokenizer import Tokenizer
 
 # %% ../../nbs/2_pretraining/20_data.ipynb #ce3a3e38
@@ -35,8 +35,7 @@ def read_documents(
     for n, row in enumerate(iter_jsonl(path, required=("text",))):
         text, source = row["text"], row.get("source") or "corpus"
         if not isinstance(text, str) or not text.strip():
-            line = [i for i, row in enumerate(open(path, "rb"), 1) if row.strip()][n] # blank lines are no rows
-            raise UserError(f"{path}:{line}: the document has no text ({text!r:.40}). Delete the line or fill in its text.")
+            raise UserError(f"{path}:{row_line(path, n)}: the document has no text ({text!r:.40}). Delete the line or fill in its text.")
         yield str(source), text
 
 def _corpus_file(path:Path) -> Path: # the JSONL file

@@ -110,6 +110,10 @@ class MetricsLog:
         if self.board:
             for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
 
+    def close(self) -> None:
+        "Write what TensorBoard still holds back."
+        if self.board: self.board.close()
+
 # %% ../../nbs/2_pretraining/19_longrun.ipynb #3a4dbdae
 def _open_tensorboard(folder:Path, step:int): # -> torch.utils.tensorboard.SummaryWriter
     "TensorBoard's writer; it hides what an earlier process wrote after `step`."

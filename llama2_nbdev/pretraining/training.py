@@ -9,6 +9,7 @@ __all__ = ['next_token_loss', 'split_rows', 'Parallel', 'OneProcess', 'set_gradi
 # %% ../../nbs/2_pretraining/21_training.ipynb #f89c964c
 import hashlib, math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -245,7 +246,7 @@ def fit(
     run = Run(model, cfg, out, resume, parallel or OneProcess())
     if run.parallel.world_size > 1: batches = batches.slice(parallel.rank, parallel.world_size)
     monitor = _Monitor(run, out, desc)
-    with InterruptFlag() as stop, monitor.bar:
+    with closing(monitor.log), InterruptFlag() as stop, monitor.bar:
         while run.step < cfg.steps:
             batch = batches[run.step]
             monitor.add(train_step(run, batch, loss_fn), batch, on_step)
