@@ -14,7 +14,7 @@ from typing import Literal
 
 from .core import UserError, read_json
 
-# %% ../nbs/6_pipeline/62_cli.ipynb #5b6d14b0
+# %% ../nbs/6_pipeline/62_cli.ipynb #cfd22c0b
 def run(
     preset:str="tiny",               # nano or tiny
     data:str="",                     # folder with the data files, or a Hugging Face dataset id; empty: data_samples/
@@ -28,6 +28,7 @@ def run(
     print(f"{until}: {made}")
     if until == "evaluate": print_scores(made)
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #523a6711
 def print_scores(
     folder:Path, # of the stage "evaluate"
 ) -> None:
@@ -57,7 +58,7 @@ sft = stage_command("sft", "Fine-tune the base model on dialogs (Section 3.1).")
 evaluate = stage_command("evaluate", "Ask the models the held-out questions and print the shares of exact answers.")
 report = stage_command("report", "Write report.html.")
 
-# %% ../nbs/6_pipeline/62_cli.ipynb #36f89f56
+# %% ../nbs/6_pipeline/62_cli.ipynb #3d3f4f27
 def find_model(
     model:str,       # a stage or a path
     preset:str,      # preset of the stage
@@ -74,6 +75,7 @@ def find_model(
     raise UserError(f"stage {model!r} of preset {preset!r} has not been made: run `llama2 run --preset {preset}` first, or name the "
                     "folder of a run that was made with other settings")
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #75aea8e6
 def load_chat_model(
     model:str, preset:str, data:str="", runs:str="", # see `find_model`
 ):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'seed_everything', 'pick_device', 'matmul_seconds', 'pick_dtype', 'masked_mean', 'token_logprobs',
-           'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'row_line', 'read_jsonl', 'write_jsonl',
+           'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'read_jsonl', 'row_line', 'write_jsonl',
            'append_jsonl', 'progress', 'project_root']
 
 # %% ../nbs/0_ground/00_core.ipynb #43840e27
@@ -226,13 +226,6 @@ def iter_jsonl(
     if not rows and not allow_empty:
         raise UserError(f"{path} has no rows. Put one JSON object on each line, or write the file again.")
 
-def row_line(
-    path:str|Path, # a JSONL file
-    row:int,       # number of a row, from 0, as `iter_jsonl` counts
-)->int: # number of its line, from 1
-    "Where a row stands: blank lines are no rows. For messages that name file and line."
-    with open(path, "rb") as f: return [i for i, line in enumerate(f, 1) if line.strip()][row]
-
 def read_jsonl(
     path:str|Path,
     required:Iterable[str]=(),
@@ -240,6 +233,14 @@ def read_jsonl(
 )->list[dict]:
     "All rows of a JSONL file at once; see `iter_jsonl`."
     return list(iter_jsonl(path, required, allow_empty))
+
+# %% ../nbs/0_ground/00_core.ipynb #36ab9b17
+def row_line(
+    path:str|Path, # a JSONL file
+    row:int,       # number of a row, from 0, as `iter_jsonl` counts
+)->int: # number of its line, from 1
+    "Where a row stands: blank lines are no rows. For messages that name file and line."
+    with open(path, "rb") as f: return [i for i, line in enumerate(f, 1) if line.strip()][row]
 
 # %% ../nbs/0_ground/00_core.ipynb #dccc5db5
 def write_jsonl(

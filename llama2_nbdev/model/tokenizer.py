@@ -273,6 +273,7 @@ def corpus_texts(
                 raise UserError(f"{data / name}:{row_line(data / name, n)}: {key!r} holds no text. Fill it in, or delete the line.")
             yield from texts
 
+# %% ../../nbs/1_model/10_tokenizer.ipynb #d49c94e4
 @stage("tokenizer", config=TokenizerConfig, needs=("data",))
 def train_tokenizer(
     cfg:TokenizerConfig, # vocabulary size

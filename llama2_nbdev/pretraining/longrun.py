@@ -102,14 +102,12 @@ class MetricsLog:
         if self.file and tensorboard: self.board = _open_tensorboard(self.file.parent / "tensorboard", step)
 
     def add(self,
-        row:dict, # numbers, with a "step"
-    ) -> None:
+        row:dict) -> None: # numbers, with a "step"
         "Append a row."
         self.rows.append(row)
         if self.file: append_jsonl(self.file, row)
         if self.board:
             for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
-
     def close(self) -> None:
         "Write what TensorBoard still holds back."
         if self.board: self.board.close()
