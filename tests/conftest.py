@@ -1,5 +1,6 @@
 """What every test may rely on: the working tree is importable, also in child processes, and no bar or window appears."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,3 +28,8 @@ def real_data() -> Path:
     if not os.environ.get("LLAMA2_REAL_DATA"):
         pytest.skip("set LLAMA2_REAL_DATA to the folder of real data to run this")
     return Path(os.environ["LLAMA2_REAL_DATA"])
+
+
+def pytest_configure(config):
+    "Some tests send Ctrl-C to child processes; in a background shell these would inherit that it is ignored."
+    signal.signal(signal.SIGINT, signal.default_int_handler)

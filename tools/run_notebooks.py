@@ -9,6 +9,7 @@ recorded times of the same machine leave the file as it is, so testing does not 
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -110,6 +111,7 @@ def train(env: dict) -> tuple[bool, float | None]:
 
 def run(names: list[str], slow: bool = False) -> list[str]:
     "Execute the notebooks whose path contains one of `names` (all if empty); the names of those that failed."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C, and children would inherit that
     env, seconds, failed = environment(), {}, []
     ok, spent = (True, None) if names else train(env)
     if spent is not None:
