@@ -68,9 +68,9 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.scroll{overflow-x:
 .you{font-weight:600}.ok::before{content:"\\2713 ";color:#2a8f4e}.no::before{content:"\\2717 ";color:#c0392b}
 """
 
-# %% ../nbs/6_pipeline/59_report.ipynb #10312311
+# %% ../nbs/6_pipeline/59_report.ipynb #f66cda6f
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>{{ style }}</style></head><body>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{{ style|safe }}</style></head><body>
 <h1>{{ title }}</h1><p class="soft">A complete miniature of the Llama 2 recipe, trained from one folder of data.
 Every number on this page belongs to this toy run; none is the paper's.</p>
 <nav>{% for name in sections %}<a href="#{{ loop.index }}">{{ name }}</a>{% endfor %}</nav>
@@ -131,7 +131,7 @@ def sample_rows(
         if taken[split] <= per_split: rows.append({"split": split, "prompt": group[0]["prompt"], "replies": group})
     return rows
 
-# %% ../nbs/6_pipeline/59_report.ipynb #8fbb0a48
+# %% ../nbs/6_pipeline/59_report.ipynb #21ff5ed0
 @stage("report", config=ReportConfig, needs=("pretrain", "sft", "evaluate"))
 def report_stage(
     cfg:ReportConfig,       # what to show
@@ -145,8 +145,9 @@ def report_stage(
     replies = answer_prompts(model, tok, dialogs, max_new_tokens=cfg.max_new_tokens, temperature=0., desc="free prompts")
     answers = {m: read_jsonl(inputs["evaluate"]/f"answers_{m}.jsonl") for m in cfg.models}
     logs = {m: read_metrics(inputs[m]) for m in cfg.models}
-    facts = [{"label": "parameters", "value": f"{model.cfg.n_params()/1e6:.2f} M"}, {"label": "vocabulary", "value": tok.vocab_size},
-             {"label": "held-out prompts", "value": len(answers[cfg.models[-1]])}]
+    facts = [{"label": "parameters", "value": f"{model.cfg.n_params():,}"}, {"label": "vocabulary", "value": f"{tok.vocab_size:,}"},
+             {"label": "tokens seen in pretraining", "value": f"{read_json(inputs['pretrain']/'summary.json')['tokens']:,}"},
+             {"label": "held-out prompts", "value": f"{len(answers[cfg.models[-1]]):,}"}]
     page = render({"title": "A miniature Llama 2-Chat", "facts": facts, "models": cfg.models,
         "curves": [loss_curve(rows, f"Training loss: {m}", math.log(tok.vocab_size)) for m, rows in logs.items()],
         "scores": score_rows(read_json(inputs["evaluate"]/"summary.json"), cfg.models),
