@@ -21,7 +21,7 @@ from .pretraining.data import ShardConfig, resolve_data
 from .pretraining.training import PretrainConfig, TrainConfig
 from .report import ReportConfig
 
-# %% ../nbs/6_pipeline/60_pipeline.ipynb #60e356dc
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #9e77fbab
 MIXTURE = {"encyclopedia": 3., "stories": 1., "web": .5, "code": 2., "languages": .3, "dialogs": 1.5} # relative weights
 
 def nano_preset() -> dict[str, object]:
@@ -37,7 +37,7 @@ def tiny_preset() -> dict[str, object]:
     return {"tokenizer": TokenizerConfig(vocab_size=1024), "shards": ShardConfig(),
             "pretrain": PretrainConfig(model="tiny", batch_size=32, seq_len=128, weights=MIXTURE,
                                        train=TrainConfig(steps=420, lr=3e-3, warmup=20)),
-            "sft": SFTConfig(batch_size=8, seq_len=256, epochs=3), "evaluate": EvaluateConfig(), "report": ReportConfig()}
+            "sft": SFTConfig(batch_size=8, seq_len=256, lr=1.5e-3), "evaluate": EvaluateConfig(), "report": ReportConfig()}
 
 # %% ../nbs/6_pipeline/60_pipeline.ipynb #ae92c444
 def change(
