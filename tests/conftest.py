@@ -33,3 +33,13 @@ def real_data() -> Path:
 def pytest_configure(config):
     "Some tests send Ctrl-C to child processes; in a background shell these would inherit that it is ignored."
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "Models this small are faster on one thread, far faster on a busy machine."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -23,13 +23,7 @@ DIALOGS = [[Message("user", f"Where does {n} live?"), Message("assistant", f"{n}
            for i, (n, t) in enumerate(zip(NAMES, TOWNS))]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Models this small are faster on one thread, far faster on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,7 @@ from llama2_nbdev.pretraining.training import (PretrainConfig, Run, TrainConfig,
 SMALL = ModelConfig(16, 2, 2, 1, vocab_size=32, multiple_of=16, max_seq_len=32)
 TRAIN = TrainConfig(steps=8, lr=1e-2, warmup=2, dtype="float32", checkpoint_every=3)
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "The models here are so small that two threads only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 def new_model(seed=0):
     torch.manual_seed(seed)
