@@ -82,10 +82,10 @@ class Notebook:
         return self.path.relative_to(NBS).as_posix() if self.path.is_relative_to(NBS) else self.path.name
 
     @property
-    def number(self) -> int | None:
-        "The two digits that the file name starts with; None where it has none."
-        found = re.match(r"(\d\d)_", self.path.name)
-        return int(found[1]) if found else None
+    def number(self) -> str | None:
+        "What the file name starts with: two digits and perhaps a letter, which sort as text (35 < 35b); None where it has none."
+        found = re.match(r"(\d\d[a-z]?)_", self.path.name)
+        return found[1] if found else None
 
     @property
     def floor(self) -> int | None:

@@ -41,7 +41,7 @@ def paper_map(root: Path = ROOT) -> str:
             rows.append(f"| **{PARTS[part]}** | | | |")
         time = duration(seconds[nb.name]) if nb.name in seconds else "–"
         paper = from_front_page(nb.facts.get("Paper", ""), nb.name)
-        rows.append(f"| {paper} | [{nb.number:02d} {nb.title}]({nb.name}) | {module_file(nb.module, root)} | {time} |")
+        rows.append(f"| {paper} | [{nb.number} {nb.title}]({nb.name}) | {module_file(nb.module, root)} | {time} |")
     return "\n".join(rows)
 
 
