@@ -43,7 +43,7 @@ def summarise(
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the held-out prompts are answered."
-    models:tuple[str,...] = ("pretrain", "sft") # stages whose models answer, in the order of the recipe
+    models:tuple[str,...] = ("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo") # stages whose models answer, in order
     max_new_tokens:int = 48                     # tokens an answer may have
     temperature:float = 0.                      # 0 answers greedily
 
@@ -60,7 +60,7 @@ def evaluate(
     return score(rows, replies)
 
 # %% ../nbs/6_pipeline/58_evaluation.ipynb #331e4f41
-@stage("evaluate", config=EvaluateConfig, needs=("pretrain", "sft", "data"))
+@stage("evaluate", config=EvaluateConfig, needs=("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo", "data"))
 def evaluate_stage(
     cfg:EvaluateConfig,     # what to ask and how
     out:Path,               # receives answers_<model>.jsonl

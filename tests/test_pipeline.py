@@ -10,22 +10,27 @@ from types import SimpleNamespace
 
 import pytest
 
+from llama2_nbdev import versions
 from llama2_nbdev.cli import COMMANDS, main
 from llama2_nbdev.core import UserError, read_json, read_jsonl, write_jsonl
+from llama2_nbdev.finetuning.preferences import hold_out, task_prompts
 from llama2_nbdev.model.weights import load
 from llama2_nbdev.pipeline import change, preset, run, tiny_preset, workspace
 from llama2_nbdev.report import FREE_PROMPTS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("pretrain.train.steps=30", "sft.public_epochs=0", "sft.epochs=1", "evaluate.max_new_tokens=8", "report.max_new_tokens=8")
+QUICK = ("pretrain.train.steps=30", "sft.public_epochs=0", "sft.epochs=1", "evaluate.max_new_tokens=8", "report.max_new_tokens=8",
+         "preferences.comparisons=20", "rate.prompts=12", *(f"v{i}.{change}" for i in range(1, 6) for change in ("prompts=6", "collect.comparisons=12")))
+STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "v4", "v5", "obedience", "gatt", "ppo", "rate", "evaluate", "report")
 
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory) -> Path:
     "A few hundred rows of the project's data: enough to run every stage."
     out = tmp_path_factory.mktemp("data")
-    for name, n in (("pretrain", 1500), ("sft", 300), ("sft_public", 100), ("eval", 60)):
-        write_jsonl(out / f"{name}.jsonl", read_jsonl(ROOT / "data_samples" / f"{name}.jsonl")[::max(1, 6900 // n)][:n])
+    for name, n in (("pretrain", 1500), ("sft", 300), ("sft_public", 100), ("eval", 60), ("prompts", 180), ("preferences", 120), ("gatt", 12)):
+        rows = read_jsonl(ROOT / "data_samples" / f"{name}.jsonl")
+        write_jsonl(out / f"{name}.jsonl", rows[::max(1, len(rows) // n)])
     return out
 
 
@@ -50,7 +55,7 @@ def call(capsys, *args: str) -> tuple[int, str]:
 
 def test_every_stage_is_done_and_nothing_is_made_twice(finished):
     ws, page = finished
-    assert dict(ws.status()) == dict.fromkeys(("tokenizer", "shards", "pretrain", "sft", "evaluate", "report"), "done")
+    assert dict(ws.status()) == dict.fromkeys(STAGES, "done")
     before = page.stat().st_mtime_ns, (ws.get("report") / "report.html").stat().st_mtime_ns
     run("nano", ws.sources["data"], ws.root, QUICK)
     assert (ws.get("report") / "report.html").stat().st_mtime_ns == before[1]
@@ -87,13 +92,13 @@ def test_models_are_found_outside_the_project(capsys, monkeypatch, tmp_path, fin
 def test_a_setting_remakes_what_depends_on_it_and_nothing_else(finished):
     ws, _ = finished
     other = workspace("nano", ws.sources["data"], ws.root, (*QUICK, "sft.lr=0.001"))
-    same = {name: other.path(name) == ws.path(name) for name in ("tokenizer", "shards", "pretrain", "sft", "evaluate", "report")}
-    assert same == {"tokenizer": True, "shards": True, "pretrain": True, "sft": False, "evaluate": False, "report": False}
+    same = {name for name in STAGES if other.path(name) == ws.path(name)}
+    assert same == {"tokenizer", "shards", "pretrain"}
 
 
 def test_the_report_is_one_file_with_everything(finished):
     text = finished[1].read_text(encoding="utf-8")
-    assert text.count("<svg") == 2 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert text.count("<svg") == 4 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert len(read_json(finished[0].get("report") / "free_prompts.json")) == len(FREE_PROMPTS) == 20
     for name in ("pretrain", "sft"):
         assert f"<th>{name}</th>" in text
@@ -187,3 +192,50 @@ def test_ctrl_c_leaves_a_run_that_goes_on(small_data, tmp_path):
     text, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "goes on where it stopped" in text and "Traceback" not in text, text
     assert list(tmp_path.glob("nano/pretrain-*/checkpoints/step-*.pt")) and not list(tmp_path.glob("nano/pretrain-*/done"))
+
+
+def test_every_version_learns_from_all_samples_so_far(finished):
+    "Trap 52: the rounds keep their pairs and samples, and rewards of different rounds are never compared."
+    ws, _ = finished
+    for i in range(1, 6):
+        folder = ws.get(f"v{i}")
+        samples = read_jsonl(folder / "samples.jsonl", allow_empty=True)
+        assert {r["version"].split()[0] for r in samples} <= {f"v{i}"}  # trap 52
+        assert (i == 1) != (folder / "rewards" / "helpfulness" / "reward.safetensors").exists()
+        assert not (load(folder)[0].output.weight == load(ws.get("sft"))[0].output.weight).all()
+
+
+def test_pairs_of_held_out_prompts_train_no_reward_model(finished):
+    ws, _ = finished
+    held = {str(p["messages"]) for p in read_jsonl(ws.get("reward") / "held_out.jsonl")}
+    train, _ = hold_out(read_jsonl(ws.sources["data"] / "preferences.jsonl") + read_jsonl(ws.get("preferences") / "pairs.jsonl"),
+                        ws.configs["reward"].held_out, ws.configs["reward"].seed)
+    assert held and not held & {str(p["messages"]) for p in train}
+
+
+def test_a_round_that_failed_half_way_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch):
+    ws, _ = finished
+    inputs = {name: ws.get(name) for name in ("sft", "preferences", "reward", "v1", "data")}
+    real = versions.save
+    def fail(*args): raise OSError("disk full")
+    monkeypatch.setattr(versions, "save", fail)
+    with pytest.raises(OSError): versions.make_version(2, ws.configs["v2"], tmp_path, inputs)
+    monkeypatch.setattr(versions, "save", real)
+    monkeypatch.setattr(versions, "collect_batch", fail)  # what is on disk is not made again
+    versions.make_version(2, ws.configs["v2"], tmp_path, inputs)
+    again, once = load(tmp_path)[0].state_dict(), load(ws.get("v2"))[0].state_dict()
+    assert all((again[k] == once[k]).all() for k in once)
+
+
+def test_the_rating_compares_with_sft_and_kl_starts_at_zero(finished):
+    table = finished[0].summary("rate")
+    assert list(table) == ["sft", "v1", "v2", "v3", "v4", "v5", "ppo"] and table["sft"]["wins_by_truth"]["mean"] == .5
+    assert abs(table["sft"]["kl"]["mean"]) < 1e-4 < abs(table["ppo"]["kl"]["mean"])  # trap 37: k1 of a model against itself is 0
+
+
+def test_a_folder_without_prompts_says_what_is_missing(finished, tmp_path):
+    with pytest.raises(UserError, match="prompts.jsonl"):
+        task_prompts(tmp_path, "train")
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "messages": [], "task": "x", "kind": "helpful", "split": "dev"}\n')
+    with pytest.raises(UserError, match="has no prompt of split 'train'"):
+        task_prompts(tmp_path, "train")

@@ -1,4 +1,4 @@
-"""Draw nbs/images/pipeline.svg: the paper's training pipeline (after its Figure 4), and what of it this edition holds.
+"""Draw nbs/images/pipeline.svg: the paper's training pipeline (after its Figure 4).
 
 Use: python tools/draw_pipeline.py     (the same input gives the same file, byte for byte)
 """
@@ -11,37 +11,34 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 from notebooks import NBS  # noqa: E402
 
-HERE, PLANNED = "#1f6fb2", "#7a7a7a"
-BOXES = {  # name: (centre x, centre y, width, title, small print, is it here now)
-    "text": (0.95, 3.0, 1.5, "raw text", "data_samples/", True),
-    "tokens": (2.95, 3.0, 1.6, "tokenizer", "Section 2.2", True),
-    "pretrain": (5.1, 3.0, 1.8, "pretraining", "Sections 2.1, 2.2", True),
-    "sft": (7.35, 3.0, 1.8, "fine-tuning", "Section 3.1", True),
-    "chat": (9.6, 3.0, 1.8, "chat model", "make chat", True),
-    "prefs": (9.6, 1.0, 1.8, "preferences", "Section 3.2.1", False),
-    "rewards": (7.0, 1.0, 2.5, "two reward models", "helpful and safe: 3.2.2, 4", False),
-    "reject": (3.95, 1.0, 2.5, "rejection sampling", "Section 3.2.3", False),
-    "ppo": (1.35, 1.0, 1.6, "PPO", "Section 3.2.3", False),
+COLOUR = "#1f6fb2"
+BOXES = {  # name: (centre x, centre y, width, title, small print)
+    "text": (0.95, 3.0, 1.5, "raw text", "data_samples/"),
+    "tokens": (2.95, 3.0, 1.6, "tokenizer", "Section 2.2"),
+    "pretrain": (5.1, 3.0, 1.8, "pretraining", "Sections 2.1, 2.2"),
+    "sft": (7.35, 3.0, 1.8, "fine-tuning", "Section 3.1"),
+    "chat": (9.6, 3.0, 1.8, "chat model", "make chat"),
+    "prefs": (9.6, 1.0, 1.8, "preferences", "Section 3.2.1"),
+    "rewards": (7.0, 1.0, 2.5, "two reward models", "helpful and safe: 3.2.2, 4"),
+    "reject": (3.95, 1.0, 2.5, "rejection sampling", "Section 3.2.3"),
+    "ppo": (1.35, 1.0, 1.6, "PPO", "Section 3.2.3"),
 }
 ARROWS = [("text", "tokens"), ("tokens", "pretrain"), ("pretrain", "sft"), ("sft", "chat"), ("chat", "prefs"),
           ("prefs", "rewards"), ("rewards", "reject"), ("reject", "ppo")]
 HEIGHT = 0.95
 
 
-def box(ax, x: float, y: float, width: float, title: str, small: str, here: bool) -> None:
-    "A box with two lines of text: filled when it exists, outlined and dashed when it is planned."
-    shape = dict(facecolor=HERE, edgecolor=HERE) if here else dict(facecolor="white", edgecolor=PLANNED, linestyle=(0, (4, 3)))
+def box(ax, x: float, y: float, width: float, title: str, small: str) -> None:
+    "A box with two lines of text."
     ax.add_patch(FancyBboxPatch((x - width / 2, y - HEIGHT / 2), width, HEIGHT, boxstyle="round,pad=0,rounding_size=0.14",
-                                linewidth=1.5, **shape))
-    colour = "white" if here else "#333333"
-    ax.text(x, y + 0.15, title, ha="center", va="center", fontsize=11, fontweight="bold", color=colour)
-    ax.text(x, y - 0.22, small, ha="center", va="center", fontsize=8.5, color=colour)
+                                linewidth=1.5, facecolor=COLOUR, edgecolor=COLOUR))
+    ax.text(x, y + 0.15, title, ha="center", va="center", fontsize=11, fontweight="bold", color="white")
+    ax.text(x, y - 0.22, small, ha="center", va="center", fontsize=8.5, color="white")
 
 
-def arrow(ax, start: tuple[float, float], end: tuple[float, float], here: bool) -> None:
-    "An arrow between two points, dashed when the step is planned."
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=15, linewidth=1.6, shrinkA=2, shrinkB=2,
-                                 color=HERE if here else PLANNED, linestyle="-" if here else (0, (4, 3))))
+def arrow(ax, start: tuple[float, float], end: tuple[float, float]) -> None:
+    "An arrow between two points."
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=15, linewidth=1.6, shrinkA=2, shrinkB=2, color=COLOUR))
 
 
 def between(a: str, b: str) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -61,15 +58,13 @@ def draw(path: Path) -> None:
     for spec in BOXES.values():
         box(ax, *spec)
     for a, b in ARROWS:
-        arrow(ax, *between(a, b), here=BOXES[a][-1] and BOXES[b][-1])
+        arrow(ax, *between(a, b))
     (x, y, *_), (to, top, *_), middle = BOXES["ppo"], BOXES["chat"], 2.0
-    ax.plot([x, x, to - 0.5], [y + HEIGHT / 2, middle, middle], color=PLANNED, linewidth=1.6, linestyle=(0, (4, 3)))
-    arrow(ax, (to - 0.5, middle - 0.03), (to - 0.5, top - HEIGHT / 2), here=False)
+    ax.plot([x, x, to - 0.5], [y + HEIGHT / 2, middle, middle], color=COLOUR, linewidth=1.6)
+    arrow(ax, (to - 0.5, middle - 0.03), (to - 0.5, top - HEIGHT / 2))
     ax.text(5.2, middle, "five rounds: every better model is judged anew (3.4.1)", ha="center", va="center", fontsize=9.5,
             color="#333333", bbox=dict(facecolor="white", edgecolor="none", pad=4))
-    ax.text(0.2, 0.02, "filled: in this edition now", fontsize=9, color=HERE, va="center")
-    ax.text(2.75, 0.02, "dashed: planned", fontsize=9, color="#555555", va="center")
-    ax.set(xlim=(0, 10.7), ylim=(-0.25, 3.75))
+    ax.set(xlim=(0, 10.7), ylim=(0.3, 3.75))
     ax.set_aspect("equal")
     ax.axis("off")
     path.parent.mkdir(exist_ok=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TURN', 'Variant', 'answer_pairs', 'label_pair', 'collect_preferences', 'statistics', 'grade_shares', 'turns_of_text',
-           'as_preference', 'read_preferences', 'hold_out']
+           'as_preference', 'read_preferences', 'hold_out', 'CollectConfig', 'task_prompts', 'collect_batch',
+           'collect_first_batch']
 
 # %% ../../nbs/3_finetuning/32_preferences.ipynb #2e181d90
 import gzip, json, re, shutil, warnings
@@ -17,12 +18,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ..core import UserError, iter_jsonl, row_line
+from ..artifacts import stage
+from ..core import UserError, iter_jsonl, pick_device, row_line, write_jsonl
 from .chat import Message, check_messages
 from .sft import answer_prompts
 from ..model.llama import Llama
 from ..model.tokenizer import Tokenizer
-from ..world.annotators import GRADES, SAFETY_BINS
+from ..model.weights import load
+from ..world.annotators import GRADES, SAFETY_BINS, Judge
 from ..world.people import stream
 
 # %% ../../nbs/3_finetuning/32_preferences.ipynb #0a09b7a6
@@ -221,3 +224,57 @@ def hold_out(
             if key not in held: have += pairs[key]
             held.add(key)
     return [r for r, key in zip(rows, keys) if key not in held], [r for r, key in zip(rows, keys) if key in held]
+
+# %% ../../nbs/3_finetuning/32_preferences.ipynb #stage002
+@dataclass(frozen=True)
+class CollectConfig:
+    "One batch of comparisons. The paper prints no temperatures and does not say how many people compared."
+    newest:float = .7          # sampling temperature of the newest model
+    other:float = 1.4          # of the second variant
+    comparisons:int = 1200     # to ask for; more than there are prompts: another pass with other answers
+    tasks:tuple[str, ...] = () # tasks of the prompts; empty: all
+    skill:float = .9           # of the annotators, from 0 to 1
+    annotators:int = 3         # they take turns
+    max_new_tokens:int = 48    # longest answer
+    batch:int = 15             # number of the first own batch; data_samples/preferences.jsonl holds 1 to 14
+    seed:int = 0               # of prompts, answers and annotators
+
+def task_prompts(
+    data:Path,             # folder with prompts.jsonl
+    split:str,             # "train" or "dev"
+    tasks:Sequence[str]=() # only these; empty: all
+) -> list[dict]:           # rows with messages, task, kind, truth
+    "Prompts to sample answers for."
+    rows = iter_jsonl(data/"prompts.jsonl", required=("id", "messages", "task", "kind", "split"))
+    found = [r for r in rows if r["split"] == split and (not tasks or r["task"] in tasks)]
+    if not found: raise UserError(f"{data/'prompts.jsonl'} has no prompt of split {split!r}{f' and tasks {tasks}' if tasks else ''}; add some")
+    return found
+
+# %% ../../nbs/3_finetuning/32_preferences.ipynb #stage003
+def collect_batch(
+    prompts:Sequence[Mapping], # to choose from
+    newest:Llama,              # the model to improve
+    other:Llama,               # the second variant
+    tok:Tokenizer,             # of both
+    cfg:CollectConfig,         # how many, how
+    number:int,                # of the batch
+) -> list[dict]:               # rows of preferences.jsonl
+    "The annotators' week: every prompt at most once a pass."
+    variants = [Variant("newest", newest, tok, cfg.newest), Variant("other", other, tok, cfg.other)]
+    judges = [Judge(cfg.skill, cfg.seed + i) for i in range(cfg.annotators)]
+    rng = np.random.default_rng((cfg.seed, number))
+    passes = -(-cfg.comparisons // len(prompts))
+    asked = [prompts[i] for _ in range(passes) for i in rng.permutation(len(prompts))][:cfg.comparisons]
+    return collect_preferences(asked, variants, judges, int(rng.integers(2**31)), cfg.max_new_tokens, number, f"compare {number}")
+
+# %% ../../nbs/3_finetuning/32_preferences.ipynb #stage005
+@stage("preferences", config=CollectConfig, needs=("sft", "data"))
+def collect_first_batch(
+    cfg:CollectConfig,       # how many, how
+    out:Path,                # receives pairs.jsonl
+    inputs:dict[str, Path],  # the artefact sft and the data folder
+) -> dict:                   # {"pairs"}
+    "Stage: the first own batch, the SFT model at two temperatures."
+    model, tok = load(inputs["sft"], device=pick_device())
+    pairs = collect_batch(task_prompts(inputs["data"], "train", cfg.tasks), model, model, tok, cfg, cfg.batch)
+    return {"pairs": write_jsonl(out/"pairs.jsonl", pairs)}

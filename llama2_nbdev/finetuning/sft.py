@@ -74,18 +74,27 @@ def pack_dialogs(
     tok:Tokenizer, # the model's tokenizer
     dialogs:Iterable[Sequence[Message|Mapping[str,str]]], # dialogs, each a list of messages
     seq_len:int, # positions in a row
-    last_turn_only:bool=False, # train only the last answer of each dialog (GAtt, Section 3.3)
+    last_turn_only:bool|Sequence[bool]=False, # train only the last answer (GAtt, Section 3.3): of all dialogs, or one bool a dialog
 ) -> PackedDialogs: # whole dialogs side by side in rows (Section 3.1)
     "Encode and pack dialogs; doc_ids keep them apart, positions restart at each, only answers are targets."
     items, shortened, dropped = [], 0, 0
-    for dialog in dialogs:
-        full, mask = encode_dialog(tok, dialog, last_turn_only)
+    for dialog, last in _with_flag(dialogs, last_turn_only):
+        full, mask = encode_dialog(tok, dialog, last)
         ids, mask = whole_turns(full, mask, tok.eos_id, seq_len + 1)
         shortened, dropped = shortened + (0 < len(ids) < len(full)), dropped + (not ids)
         if ids: items.append((ids, mask))
     if not items: raise UserError(f"none of the {dropped} dialogs has an answer that fits into {seq_len} tokens")
     documents, masks = zip(*items)
     return PackedDialogs(pack_documents(documents, seq_len, masks), shortened, dropped)
+
+# %% ../../nbs/3_finetuning/31_sft.ipynb #a7f1aa60
+def _with_flag(dialogs:Iterable, last_turn_only:bool|Sequence[bool]) -> list[tuple]: # (dialog, its flag)
+    "Each dialog with its own `last_turn_only`; `UserError` if the flags do not fit the dialogs."
+    dialogs = list(dialogs)
+    flags = [last_turn_only] * len(dialogs) if isinstance(last_turn_only, bool) else list(last_turn_only)
+    if len(flags) != len(dialogs):
+        raise UserError(f"{len(dialogs)} dialogs but {len(flags)} values of last_turn_only; give one bool, or one for each dialog")
+    return list(zip(dialogs, flags))
 
 # %% ../../nbs/3_finetuning/31_sft.ipynb #a4f6baa1
 class DialogBatches(Batches):
@@ -97,10 +106,10 @@ class DialogBatches(Batches):
                  seq_len:int, # t, positions in a row; the paper has 4096
                  seed:int=0, # another seed, another order
                  epochs:int=2, # passes over the dialogs; the paper has 2
-                 last_turn_only:bool=False): # train only the last answer of each dialog (GAtt)
-        dialogs = list(dialogs)
-        shuffled = [dialogs[i] for i in np.random.default_rng(seed).permutation(len(dialogs))]
-        self.packed = pack_dialogs(tok, shuffled, seq_len, last_turn_only)
+                 last_turn_only:bool|Sequence[bool]=False): # train only the last answer (GAtt): of all dialogs, or one bool a dialog
+        flagged = _with_flag(dialogs, last_turn_only)
+        order = np.random.default_rng(seed).permutation(len(flagged))
+        self.packed = pack_dialogs(tok, [flagged[i][0] for i in order], seq_len, [flagged[i][1] for i in order])
         self.n_rows, self.batch_size, self.seed, self.epochs = len(self.packed.rows["tokens"]), batch_size, seed, epochs
         self.steps_per_epoch = -(-self.n_rows // batch_size)
 
