@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt', 'rounds', 'ppo', 'rate', 'SUGGESTIONS',
            'COMMANDS', 'run', 'print_scores', 'print_rates', 'stage_command', 'find_model', 'load_chat_model',
-           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'info', 'main']
+           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'info', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
 import sys
@@ -185,6 +185,18 @@ def world(
     World(seed=seed, scale=scale).write(out)
     for f in sorted(out.iterdir()): print(f"{f.stat().st_size:>10,}  {f.name}")
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #repro001
+def reproduce(
+    preset:str="tiny",          # nano or tiny
+    seeds:int=3,                # runs of the feedback half, all from one base model
+    out:Path=Path("results"),   # receives <preset>/rlhf.json
+    runs:str="",                # folder for artefacts; empty: the default
+) -> None:
+    "Repeat Sections 3.2 to 3.4 over seeds and write what was found, with provenance."
+    from llama2_nbdev.reproduce import reproduce as measure
+    for step, found in measure(preset, seeds, out, runs or None)["progress"]["steps"].items():
+        print(f"{step:16} {found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]  {found['verdict']}")
+
 # %% ../nbs/6_pipeline/62_cli.ipynb #f722a15e
 def info(
     preset:str="tiny",  # whose stages to list
@@ -206,8 +218,9 @@ def info(
     for stage, state in states: print(f"  {preset}/{stage}: {state}")
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #2d754f77
-COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rejection": rejection, "gatt": gatt, "rounds": rounds, "ppo": ppo,
-            "rate": rate, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate, "convert": convert, "world": world, "info": info}
+COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rejection": rejection, "gatt": gatt, "rounds": rounds,
+            "ppo": ppo, "rate": rate, "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate,
+            "convert": convert, "world": world, "info": info}
 
 def main(
     args:Sequence[str]|None=None, # None: what was typed
