@@ -17,7 +17,7 @@ from .artifacts import Workspace
 from .core import UserError, atomic_write, project_root
 from .evaluation import EvaluateConfig
 from .finetuning.gatt import GAttConfig, ObedienceConfig
-from .finetuning.ppo_training import PPOConfig
+from .finetuning.ppo import PPOConfig
 from .finetuning.preferences import CollectConfig
 from .finetuning.rejection import RejectionConfig
 from .finetuning.reward import RewardConfig, RewardStageConfig

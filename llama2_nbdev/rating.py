@@ -14,8 +14,9 @@ import torch
 
 from .artifacts import stage
 from .core import pick_device, progress, read_jsonl, write_jsonl
-from .finetuning.ppo_training import PPOConfig, linear_reward, reward_pair, rollout, sequence_kl
+from .finetuning.ppo import PPOConfig
 from .finetuning.reward import draw
+from .finetuning.rollouts import linear_reward, reward_pair, rollout, sequence_kl
 from .finetuning.rounds import RewardJudge, TruthJudge, win_rate
 from .model.llama import Llama
 from .model.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def rate_model(
     for start in range(0, len(order), cfg.batch_size):
         places = order[start:start + cfg.batch_size]
         asked = [rows[i] for i in places]
-        sampled = rollout(model, tok, asked, how, 0, first=start, purpose="rate")
+        sampled = rollout(model, tok, asked, how, 0, range(start, start + len(asked)), purpose="rate")
         kl, linear = sequence_kl(model, reference, sampled, how), linear_reward(asked, sampled.answers, rewards)
         for i, r, a, x, k in zip(places, asked, sampled.answers, linear.tolist(), kl.tolist()):
             found[i] = {"id": r["id"], "kind": r["kind"], "answer": a, "reward": x, "truth": utility(r, a), "kl": k}

@@ -16,11 +16,13 @@ from pathlib import Path
 from .artifacts import stage
 from .core import pick_device, read_jsonl, write_jsonl
 from .finetuning.gatt import GAttConfig, synthesise
-from .finetuning.ppo_training import PPOConfig, critic_from, linear_reward, reward_pair, train_ppo
+from .finetuning.ppo import PPOConfig
+from .finetuning.ppo_training import train_ppo
 from .finetuning.preferences import CollectConfig, collect_batch, task_prompts
 from .finetuning.rejection import (RejectionConfig, Scorer, best_of, keep_best, rescore, sample_answers, score_samples,
                                                tune_temperature)
 from .finetuning.reward import MIXES, REWARD_FILE, RewardConfig, draw, load_reward, save_reward, train_reward
+from .finetuning.rollouts import critic_from, linear_reward, reward_pair
 from .finetuning.rounds import RoundSteps, read_version, run_round
 from .finetuning.sft import DialogBatches, answer_prompts
 from .model.llama import Llama

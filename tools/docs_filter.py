@@ -44,7 +44,8 @@ def front_matter(nb: Notebook) -> dict:
     plain = {"title": nb.title, "subtitle": nb.subtitle}
     rows = [f"{key}: {json.dumps(re.sub('[*`]', '', text), ensure_ascii=False)}" for key, text in plain.items() if text]
     if nb.number is not None:
-        rows.append(f"order: {nb.number}")
+        digits, letter = nb.number[:2], nb.number[2:]  # 35b stands between 35 and 36
+        rows.append(f"order: {int(digits) + (ord(letter) - 96) / 100 if letter else int(digits)}")
     return {"cell_type": "raw", "metadata": {}, "id": "front", "source": "\n".join(["---", *rows, "---"])}
 
 

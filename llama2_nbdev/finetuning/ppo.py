@@ -142,8 +142,7 @@ class PPOConfig:
     beta:float = .2               # KL weight per nat; see PAPER_BETA
     clip:float = .2               # how far a ratio may leave 1
     value_clip:float|None = None  # * how far a value may move in an iteration
-    gamma:float = 1.              # * discount
-    lam:float = .95               # * of `gae`
+    gamma:float = 1.; lam:float = .95 # * discount, and lambda of `gae`
     temperature:float = 1.        # * of sampling and scoring
     max_new_tokens:int = 48       # * longest answer
     threshold:float = .15         # probability below which the safety model speaks at any prompt
@@ -152,10 +151,8 @@ class PPOConfig:
     betas:tuple[float, float] = (.9, .95) # of AdamW, like the next two
     eps:float = 1e-5; weight_decay:float = .1
     grad_clip:float = 1.          # largest norm of a gradient
-    dev_every:int = 5             # * iterations between looks at held-out prompts
-    patience:int = 3              # * looks without a new best before training stops
-    seed:int = 0                  # of prompts and samples
-    checkpoint_every:int = 10     # iterations
+    dev_every:int = 5; patience:int = 3         # * iterations between looks at held-out prompts; looks without a new best before the end
+    seed:int = 0; checkpoint_every:int = 10     # seed of prompts and samples; iterations between checkpoints
 
     def __post_init__(self): _check(self)
 

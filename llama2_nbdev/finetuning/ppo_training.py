@@ -124,6 +124,7 @@ def _check_apart(policy:nn.Module, reference:nn.Module, critic:nn.Module) -> Non
         if name != "reference" and not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"the {name} is frozen; if it is a reward model in use, pass critic_from(reward_model) instead")
 
+# %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #420930zz
 def _save(self:PPORun) -> None:
     "Write a checkpoint (rank 0)."
     if self.folder is None or self.parallel.rank: return
@@ -223,8 +224,7 @@ def train_ppo(
     out:Path|None=None, # receives metrics.jsonl and checkpoints/; a second call resumes
     dev_rows:Sequence[dict]|None=None, # held-out prompts; None: no early stop, the last weights are kept
     truth:Callable|None=None, # (row, answer) -> true utility; reported, never trained on
-    parallel:Parallel|None=None, # several processes with the same weights
-    desc:str="ppo", # in front of the progress bar
+    parallel:Parallel|None=None, desc:str="ppo", # several processes with the same weights; label of the progress bar
 ) -> list[dict]: # the rows of metrics.jsonl, one an iteration
     "PPO (Section 3.2.3). Killed at any moment and called again it ends with the same weights: those of the best look at `dev_rows`."
     run = PPORun(policy, reference, critic, cfg, len(rows), out, parallel or OneProcess())
@@ -234,7 +234,6 @@ def train_ppo(
         bar.initial = bar.n = run.step
         while run.step < cfg.iterations and run.waited < cfg.patience:
             log.add(_iteration(run, tok, rows, rewards, truth, dev_rows))
-            bar.set_postfix_str(f"reward {log.rows[-1]['reward']:.3f}, KL {log.rows[-1]['kl']:.2f}", refresh=False)
             bar.update()
             _pause(run, stop.seen)
     if run.best: policy.load_state_dict(run.best["weights"])

@@ -167,6 +167,7 @@ def answer_likelihood(
         total[chosen] = logprobs.masked_fill(masks[:, 1:] == 0, 0.).sum(1).cpu()
     return total
 
+# %% ../../nbs/3_finetuning/34_rejection.ipynb #216de7zz
 def anchored_scorer(
     scorer:Scorer,              # what to maximise
     model:Llama, tok:Tokenizer, # the model that the answers are sampled from
