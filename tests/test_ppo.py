@@ -1,147 +1,212 @@
-"""The arithmetic of PPO on numbers, and a loop that goes on where it was killed."""
+"The mathematics of PPO on numbers: the paper's reward, whitening, GAE, clipping, the KL and its estimators; traps 37 to 45, 49, 50."
 import math
-from copy import deepcopy
-from dataclasses import replace
+import threading
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+
 from llama2_nbdev.core import UserError
-from llama2_nbdev.finetuning.ppo import (PPOConfig, clipped_policy_loss, combine_rewards, combined_logit, gae, kl_estimate, token_rewards,
-                                         whiten)
-from llama2_nbdev.finetuning.ppo_training import score_rollout, train_ppo
-from llama2_nbdev.finetuning.reward import RewardModel
-from llama2_nbdev.finetuning.rollouts import answer_logprobs, critic_from, rollout, sequence_kl
-from llama2_nbdev.model.llama import Llama, ModelConfig
-from llama2_nbdev.model.tokenizer import Tokenizer
+from llama2_nbdev.finetuning.ppo import (
+    PAPER_BETA, PPOConfig, clipped_policy_loss, clipped_value_loss, combine_rewards, combined_logit, gae, kl_estimate, token_rewards,
+    uses_safety, whiten)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+PI, REF = torch.tensor([.7, .2, .1], dtype=torch.double), torch.tensor([.4, .3, .3], dtype=torch.double)
+numbers = st.floats(-5, 5, width=32)
+close = torch.testing.assert_close
 
 
-def test_the_safety_model_speaks_below_the_threshold_or_by_tag():
-    safety, helpful, tag = torch.tensor([.149, .15, .151, .9]), torch.full((4,), .7), torch.tensor([False, False, False, True])
-    assert torch.equal(combine_rewards(safety, helpful, tag), torch.tensor([.149, .7, .7, .9]))  # trap 39: strictly below 0.15
-    linear = combined_logit(torch.logit(safety), torch.logit(helpful), tag)
-    assert torch.allclose(linear.sigmoid(), combine_rewards(safety, helpful, tag), atol=1e-6)
-    assert math.isclose(torch.logit(torch.tensor(.15)).item(), -1.7346, abs_tol=1e-4)
+def ranks(world, work):
+    "Run `work(rank, reduce)` in threads whose `reduce` sums over all of them; their results in order."
+    gate, parts, results = threading.Barrier(world), [None] * world, [None] * world
+
+    def run(rank):
+        def reduce(x):
+            parts[rank] = x.clone()
+            gate.wait()
+            total = torch.stack(parts).sum(0)
+            gate.wait()
+            return total
+        results[rank] = work(rank, reduce)
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(world)]
+    for t in threads: t.start()
+    for t in threads: t.join(30)
+    return results
 
 
-def test_whitening_removes_the_mean_and_survives_equal_scores():
-    x = torch.randn(50) * 3 + 7
+def test_the_threshold_is_strict_and_on_the_probability():  # trap 39
+    safety = torch.tensor([.149, .15, .151])
+    for dtype in (torch.float32, torch.float64):
+        s, h = safety.to(dtype), torch.full((3,), .9, dtype=dtype)
+        assert combine_rewards(s, h, torch.zeros(3, dtype=torch.bool)).tolist() == [s[0].item(), h[0].item(), h[0].item()]
+        assert combine_rewards(s, h, torch.ones(3, dtype=torch.bool)).tolist() == s.tolist(), "a tagged prompt is the safety model's"
+    assert not uses_safety(torch.tensor([.15]).double(), torch.tensor([False])).item()
+    scores = torch.tensor([-1.74, -1.73])  # logit(.15) = -1.7346
+    assert combined_logit(scores, torch.full((2,), 9.), torch.tensor([False, False])).tolist() == [scores[0].item(), 9.]
+    assert combine_rewards(torch.tensor([.3]), torch.tensor([.9]), torch.tensor([0]), threshold=.4).item() == pytest.approx(.3)
+
+
+@given(st.lists(st.tuples(numbers, numbers, st.booleans()), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_the_combined_logit_is_the_logit_of_the_combined_reward(rows):
+    s, h = (torch.tensor([r[i] for r in rows], dtype=torch.double) for i in (0, 1))
+    tag = torch.tensor([r[2] for r in rows])
+    close(combined_logit(s, h, tag), torch.logit(combine_rewards(s.sigmoid(), h.sigmoid(), tag)), atol=1e-9, rtol=1e-9)
+
+
+def test_the_combined_logit_never_overflows():  # trap 39
+    assert combined_logit(torch.tensor([3.]), torch.tensor([40.]), torch.tensor([False])).item() == 40.
+
+
+@given(st.lists(numbers, min_size=2, max_size=30), st.floats(.01, 1000), st.floats(-100, 100))
+@settings(max_examples=60, deadline=None)
+def test_whitening_has_mean_0_and_std_1_whatever_the_scale(values, scale, shift):  # trap 40
+    x = torch.tensor(values, dtype=torch.double)
+    if x.std() < 1e-2: return
     w = whiten(x)
-    assert abs(w.mean()) < 1e-5 and abs(w.std() - 1) < .02  # trap 40: the mean is not added back
-    mask = torch.arange(50) < 30
-    inside = whiten(x, mask)[mask]
-    assert abs(inside.mean()) < 1e-5  # trap 40: what is masked does not count
-    assert torch.isfinite(whiten(torch.ones(5))).all()  # trap 39: no variance, no division by zero
+    assert abs(w.mean()) < 1e-9 and abs(w.std() - 1) < 1e-9
+    close(whiten(x * scale + shift), w, atol=1e-5, rtol=1e-5)
+    close(whiten(-x), -w)
 
 
-def test_kl_estimators_have_the_right_sign_and_mean():
-    pi, ref = torch.tensor([.7, .2, .1]), torch.tensor([.4, .3, .3])
-    logs = [kl_estimate(pi.log(), ref.log(), k) for k in ("k1", "k2", "k3")]
-    exact = (pi * (pi / ref).log()).sum()
-    assert math.isclose(exact, .2008, abs_tol=1e-4)
-    for k in (logs[0], logs[2]): assert torch.isclose((pi * k).sum(), exact, atol=1e-6)  # trap 37
-    wrong = (pi * kl_estimate(ref.log(), pi.log(), "k3")).sum()
-    assert math.isclose(wrong, .1909, abs_tol=1e-4)  # trap 37: the reversed estimator looks alike and is not
-    assert (logs[2] >= 0).all()
+def test_whitening_guards_zero_variance_and_masks():  # traps 39, 40
+    for x in (torch.full((6,), .1), torch.full((6,), 1e6), torch.zeros(6), torch.tensor([3.]), torch.tensor([.3] * 5) + 1e-9 * torch.randn(5)):
+        assert whiten(x).abs().max() == 0
+    x, mask = torch.randn(4, 7), torch.rand(4, 7) < .6
+    w = whiten(torch.where(mask, x, torch.inf), mask)
+    close(w[mask], whiten(x[mask]))
+    assert (w[~mask] == 0).all() and whiten(x, torch.zeros_like(mask)).abs().max() == 0
+    assert whiten(x).dtype == x.dtype and not torch.equal(whiten(x), whiten(x) + x.mean()), "the mean is removed for good"
 
 
-def test_k1_as_a_loss_teaches_nothing():
-    logits = torch.zeros(3, requires_grad=True)
-    pi, ref = logits.softmax(0), torch.tensor([.6, .3, .1])
-    (pi.detach() * kl_estimate(logits.log_softmax(0), ref.log())).sum().backward()
-    assert logits.grad.abs().max() < 1e-6  # trap 38: so it belongs into the reward
+def test_whitening_is_one_over_all_ranks():  # traps 39, 40
+    x = torch.randn(12) * 3 + torch.arange(12)
+    parts = x.split([5, 3, 4])
+    close(torch.cat(ranks(3, lambda i, reduce: whiten(parts[i], reduce=reduce))), whiten(x))
+    assert (torch.cat([whiten(p) for p in parts]) - whiten(x)).abs().max() > .1
 
 
-def test_the_reward_falls_on_the_last_sampled_token_and_the_kl_on_each():
-    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    kl = torch.full((2, 4), .5)
-    r = token_rewards(torch.tensor([10., -10.]), kl, mask, beta=.2)
-    assert torch.allclose(r, torch.tensor([[0., -.1, 9.9, 0.], [-.1, -.1, -.1, -10.1]]))  # traps 38, 41, 49
+def test_the_score_is_whitened_before_the_kl_term():  # trap 39
+    scores, kl = torch.randn(16), torch.full((16,), 10.)
+    first, last = whiten(scores) - .05 * kl, whiten(scores - .05 * kl)
+    assert first.mean() == pytest.approx(-.5, abs=1e-5) and last.mean() == pytest.approx(0, abs=1e-5)
 
 
-def test_gae_counts_nothing_after_the_end():
-    mask = torch.tensor([[1, 1, 0]]).bool()
-    rewards, values = torch.tensor([[0., 1., 99.]]), torch.tensor([[.2, .4, 77.]])
-    advantages, returns = gae(rewards, values, mask, gamma=1., lam=1.)
-    assert torch.allclose(advantages[0, :2], torch.tensor([.8, .6]))  # trap 43
-    assert torch.allclose(returns[0, :2], torch.tensor([1., 1.])) and advantages[0, 2] == 0
-    one_step, _ = gae(rewards, values, mask, gamma=1., lam=0.)
-    assert torch.allclose(one_step[0, :2], torch.tensor([.2, .6]))
+def random_answers(seed, b=5, t=7):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, t + 1, (b,), generator=g)
+    return [torch.randn(b, t, generator=g) for _ in range(2)] + [torch.arange(t) < lengths[:, None]]
 
 
-def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient_and_clipping_stops_it():
-    mask, advantage = torch.ones(1, 2).bool(), torch.tensor([[1., -2.]])
-    logprobs = torch.tensor([[-1., -2.]], requires_grad=True)
-    clipped_policy_loss(logprobs, logprobs.detach(), advantage, mask, .2)[0].sum().backward()
-    assert torch.allclose(logprobs.grad, -advantage)  # trap 46
-    far = torch.tensor([[-1. + .5, -2. - .5]], requires_grad=True)
-    clipped_policy_loss(far, logprobs.detach(), advantage, mask, .2)[0].sum().backward()
-    assert far.grad.abs().max() == 0  # both moved the right way, beyond the clip
+def naive_gae(rewards, values, n, gamma, lam):
+    v = values.tolist()[:n] + [0.]
+    delta = [rewards[t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
+    return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)] + [0.] * (len(rewards) - n)
 
 
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory) -> Tokenizer:
-    texts = ["[INST] Where does Mara live? [/INST] Mara lives in Sydney. "] * 20
-    return Tokenizer.train(texts, 300, tmp_path_factory.mktemp("tok") / "tokenizer.model")
+@given(st.integers(0, 10**6), st.sampled_from([.9, 1.]), st.sampled_from([0., .5, .95, 1.]))
+@settings(max_examples=40, deadline=None)
+def test_gae_is_its_definition_and_padding_is_never_read(seed, gamma, lam):  # trap 43
+    rewards, values, mask = random_answers(seed)
+    advantages, returns = gae(torch.where(mask, rewards, torch.nan), torch.where(mask, values, torch.nan), mask, gamma, lam)
+    close(advantages, torch.tensor([naive_gae(r, v, int(m.sum()), gamma, lam) for r, v, m in zip(rewards, values, mask)]), atol=1e-4, rtol=1e-4)
+    close(returns, torch.where(mask, advantages + values, 0.))
+    if gamma == lam == 1:
+        earned = torch.where(mask, rewards, 0.).flip(1).cumsum(1).flip(1)
+        close(returns, torch.where(mask, earned, 0.), atol=1e-4, rtol=1e-4)
 
 
-def small_model(tok, seed: int) -> Llama:
-    torch.manual_seed(seed)
-    return Llama(ModelConfig(32, 2, 4, 2, vocab_size=tok.vocab_size, multiple_of=8, max_seq_len=128)).eval()
+def test_there_is_no_value_after_the_end_and_no_gradient():  # trap 43
+    rewards, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
+    values = torch.tensor([[0., 0., 100.]], requires_grad=True)
+    advantages, returns = gae(rewards, values, mask, 1., 1.)
+    assert advantages.tolist() == [[0., 0., 0.]] and not advantages.requires_grad and not returns.requires_grad
 
 
-ROWS = [{"id": str(i), "messages": [{"role": "user", "content": f"Where does {name} live?"}], "kind": "helpful"}
-        for i, name in enumerate(("Mara", "Tom", "Uma", "Gina", "Otis", "Rosa", "Ivan", "Dina"))]
-CFG = PPOConfig(iterations=4, batch_size=8, mini_batch=4, micro_batch=2, max_new_tokens=6, critic_warmup=0, checkpoint_every=1, dev_every=99)
+def test_gae_steps_over_what_somebody_else_said():  # trap 43
+    rewards, values = torch.randn(1, 5), torch.randn(1, 5)
+    mask = torch.tensor([[True, False, False, True, True]])
+    close(gae(rewards, values, mask, .9, .8)[0][mask], gae(rewards[mask][None], values[mask][None], torch.ones(1, 3).bool(), .9, .8)[0][0])
 
 
-def length_reward(rows, answers):
-    scores = torch.tensor([float(len(a)) for a in answers])
-    return scores, torch.full_like(scores, 3.)
+@given(st.integers(0, 10**6), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_token_rewards_add_up_to_equation_4(seed, beta):  # traps 41, 49
+    kl, scores, mask = random_answers(seed)
+    scores = scores[:, 0]
+    rewards = token_rewards(scores, torch.where(mask, kl * 100, torch.nan), mask, beta)
+    close(rewards.sum(1), scores - beta * torch.where(mask, kl * 100, 0.).sum(1), atol=1e-3, rtol=1e-4)
+    last = mask.sum(1) - 1
+    close(rewards.gather(1, last[:, None])[:, 0], scores - beta * 100 * kl.gather(1, last[:, None])[:, 0], atol=1e-3, rtol=1e-4)
+    assert (rewards[~mask] == 0).all()
 
 
-def test_rollouts_are_scored_under_the_distribution_they_were_drawn_from(tok):
-    policy = small_model(tok, 0)
-    for temperature in (1., .7):
-        cfg = replace(CFG, temperature=temperature)
-        r = rollout(policy, tok, ROWS, cfg, 0)
-        logprobs, _ = answer_logprobs(policy, r.tokens, r.mask, temperature)
-        assert torch.allclose(logprobs, r.sampled, atol=1e-4)  # traps 44, 46, 48
-    assert len({tuple(t.tolist()) for t in rollout(policy, tok, ROWS[:1] * 8, CFG, 0).tokens}) > 1  # trap 45: random, not greedy
-    assert (sequence_kl(policy, deepcopy(policy), r, cfg).abs() < 1e-4).all()
+def test_clipping_takes_the_gradient_only_where_the_ratio_went_the_wanted_way():
+    ratio = torch.tensor([[1.5, .5, 1.5, .5, 1.1, .9]])
+    advantages = torch.tensor([[1., 1., -1., -1., 1., -1.]])
+    logprobs, mask = ratio.log().requires_grad_(), torch.ones_like(ratio).bool()
+    loss, clipped = clipped_policy_loss(logprobs, torch.zeros_like(ratio), advantages, mask)
+    close(loss, -torch.tensor([[1.2, .5, -1.5, -.8, 1.1, -.9]]))
+    loss.sum().backward()
+    assert clipped.tolist() == [[True, False, False, True, False, False]] == (logprobs.grad == 0).tolist()
 
 
-def test_the_missing_eos_is_looked_for_in_the_answer_only(tok):
-    r = rollout(small_model(tok, 0), tok, ROWS, CFG, 0)
-    last = [row[mask.nonzero().max() + 1].item() for row, mask in zip(r.tokens, r.mask)]
-    assert r.truncated.tolist() == [t != tok.eos_id for t in last]  # trap 42
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_at_ratio_1_the_gradient_is_the_policy_gradient(seed):
+    old, advantages, mask = random_answers(seed)
+    new, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
+    clipped_policy_loss(new, old, advantages, mask)[0].sum().backward()
+    (-plain * advantages)[mask].sum().backward()
+    close(new.grad, plain.grad)
 
 
-def run_ppo(tok, out, iterations: int):
-    policy, rm = small_model(tok, 0), RewardModel(small_model(tok, 1))
-    history = train_ppo(policy, deepcopy(policy), critic_from(rm), tok, ROWS, length_reward, replace(CFG, iterations=iterations), out)
-    return policy, history
+def test_padding_reaches_no_loss_and_no_gradient():
+    mask = torch.tensor([[True, False]])
+    new = torch.tensor([[0., 500.]], requires_grad=True)  # exp(500) is infinite
+    loss, clipped = clipped_policy_loss(new, torch.zeros(1, 2), torch.ones(1, 2), mask)
+    loss.sum().backward()
+    assert loss.tolist() == [[-1., 0.]] and new.grad.tolist() == [[-1., 0.]] and not clipped.any()
+    value = clipped_value_loss(torch.tensor([[2., torch.inf]]), torch.zeros(1, 2), torch.zeros(1, 2), mask)
+    assert value.tolist() == [[2., 0.]]
 
 
-def test_the_first_step_has_ratio_one_and_models_may_not_share_weights(tok):
-    policy, history = run_ppo(tok, None, 1)
-    assert history[0]["first_move"] < 1e-5 and abs(history[0]["kl"]) < 1e-5  # traps 46, 51: the KL is to the reference
-    rm = RewardModel(small_model(tok, 1))
-    with pytest.raises(UserError, match="share weights"): train_ppo(policy, policy, critic_from(rm), tok, ROWS, length_reward, CFG)  # trap 47
+def test_the_value_clip_takes_the_worse_error():
+    value, old, target, mask = torch.tensor([[1., 4.]]), torch.zeros(1, 2), torch.tensor([[3., 3.]]), torch.ones(1, 2).bool()
+    close(clipped_value_loss(value, old, target, mask), torch.tensor([[2., .5]]))
+    close(clipped_value_loss(value, old, target, mask, clip=.5), torch.tensor([[3.125, 3.125]]))
 
 
-def test_batches_split_into_mini_batches_of_one_step_each(tok):
-    policy, rm = small_model(tok, 0), RewardModel(small_model(tok, 1))
-    minis = score_rollout(policy, deepcopy(policy), rm, rollout(policy, tok, ROWS, CFG, 0), CFG)
-    assert [len(m["tokens"]) for m in minis] == [4, 4]  # trap 50
-    assert not minis[0]["logprobs"].requires_grad and not minis[0]["values"].requires_grad  # trap 43: old values are constants
-    with pytest.raises(UserError, match="multiple"): PPOConfig(batch_size=10, mini_batch=4)
+def test_kl_estimators_on_three_tokens():  # trap 37
+    mean = {k: (PI @ kl_estimate(PI.log(), REF.log(), k)).item() for k in ("k1", "k2", "k3")}
+    assert mean["k1"] == pytest.approx(.2008, abs=5e-5) and mean["k3"] == pytest.approx(.2008, abs=5e-5)
+    assert (kl_estimate(PI.log(), REF.log(), "k3") >= 0).all() and (kl_estimate(PI.log(), REF.log()) < 0).any()
+    reverse = (PI @ kl_estimate(REF.log(), PI.log(), "k3")).item()
+    chi2 = (PI.square() / REF).sum().item() - 1
+    assert reverse == pytest.approx(.1909, abs=5e-5) and reverse == pytest.approx(chi2 - mean["k1"])
+    with pytest.raises(ValueError, match="none of k1, k2, k3"): kl_estimate(PI, REF, "k4")
 
 
-def test_a_stopped_run_ends_with_the_same_weights(tok, tmp_path):
-    whole, _ = run_ppo(tok, tmp_path / "whole", 4)
-    run_ppo(tok, tmp_path / "part", 2)
-    part, history = run_ppo(tok, tmp_path / "part", 4)  # trap 55: policy, critic, optimisers, prompts and streams come back
-    assert [r["step"] for r in history] == [1, 2, 3, 4]
-    for a, b in zip(whole.parameters(), part.parameters()): assert torch.equal(a, b)
+def test_k1_belongs_into_the_reward():  # trap 38
+    theta = PI.log().requires_grad_()
+    logp = theta.log_softmax(-1)
+
+    def gradient(x): return torch.autograd.grad(x, theta, retain_graph=True)[0]
+    wanted, other = gradient((logp.exp() * (logp - REF.log())).sum()), gradient((REF * (REF.log() - logp)).sum())
+    close(gradient(PI @ kl_estimate(logp, REF.log(), "k1")), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    close(gradient(PI @ kl_estimate(logp, REF.log(), "k3")), other)
+    close(gradient(PI @ (kl_estimate(logp, REF.log()).detach() * logp)), wanted)
+    assert (wanted - other).abs().max() > .01
+
+
+def test_the_recipe_is_the_papers():  # trap 50
+    paper = PPOConfig(iterations=400, batch_size=512, mini_batch=64, lr=1e-6, beta=PAPER_BETA["7b"])
+    assert paper.batch_size // paper.mini_batch == 8
+    assert (paper.betas, paper.eps, paper.weight_decay, paper.grad_clip, paper.clip, paper.threshold) == ((.9, .95), 1e-5, .1, 1., .2, .15)
+    assert PAPER_BETA == {"7b": .01, "13b": .01, "34b": .005, "70b": .005}
+
+
+@pytest.mark.parametrize("wrong, said", [({"mini_batch": 24}, "no multiple"), ({"temperature": 0.}, "random samples"), ({"iterations": 0}, "iterations is 0"),
+                                         ({"temperature": math.nan}, "random samples")])
+def test_settings_that_cannot_work_are_refused(wrong, said):  # trap 45
+    with pytest.raises(UserError, match=said): PPOConfig(**wrong)
