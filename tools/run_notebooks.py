@@ -20,6 +20,7 @@ from notebooks import ROOT, find
 
 TIMES = ROOT / "results" / "times.json"
 LIMIT = 15 * 60  # seconds; a notebook that takes longer than this hangs
+TRAIN_LIMIT = 60 * 60  # seconds; the same for training all artefacts
 ARTEFACTS = "artefacts"
 
 RUN = """
@@ -58,16 +59,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def child(args: list[str], env: dict) -> tuple[bool, float, str]:
+def child(args: list[str], env: dict, limit: int = LIMIT) -> tuple[bool, float, str]:
     "Run a Python process; whether it succeeded, how long it took, and what it printed."
     start = time.perf_counter()
     try:
         done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=LIMIT)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=limit)
         ok, text = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as stopped:
         said = stopped.stdout or b""
-        ok, text = False, f"{said.decode(errors='replace') if isinstance(said, bytes) else said}\nstopped after {LIMIT} s"
+        ok, text = False, f"{said.decode(errors='replace') if isinstance(said, bytes) else said}\nstopped after {limit} s"
     return ok, time.perf_counter() - start, text
 
 
@@ -102,7 +103,7 @@ def train(env: dict) -> tuple[bool, float | None]:
     print(f"  training the shared artefacts of preset {env['LLAMA2_PRESET']}, or reusing them (minutes) ...", flush=True)
     runs = Path(env.get("LLAMA2_RUNS") or ROOT / "runs")
     fresh = not any((runs / env["LLAMA2_PRESET"]).glob("*/done"))
-    ok, seconds, text = child(["-c", TRAIN], env)
+    ok, seconds, text = child(["-c", TRAIN], env, TRAIN_LIMIT)
     print(f"  {'ok  ' if ok else 'FAIL'} {seconds:6.0f} s  artefacts", flush=True)
     if not ok:
         print(text)
