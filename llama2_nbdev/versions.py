@@ -19,7 +19,7 @@ from .finetuning.gatt import GAttConfig, synthesise
 from .finetuning.ppo import PPOConfig
 from .finetuning.ppo_training import train_ppo
 from .finetuning.preferences import CollectConfig, collect_batch, task_prompts
-from .finetuning.rejection import (RejectionConfig, Scorer, best_of, keep_best, rescore, sample_answers, score_samples,
+from .finetuning.rejection import (RejectionConfig, Scorer, anchored_scorer, best_of, keep_best, rescore, sample_answers, score_samples,
                                                tune_temperature)
 from .finetuning.reward import MIXES, REWARD_FILE, RewardConfig, draw, load_reward, save_reward, train_reward
 from .finetuning.rollouts import critic_from, linear_reward, reward_pair
@@ -45,6 +45,7 @@ class RoundConfig:
     sampling:RejectionConfig = RejectionConfig()  # k answers to each
     temperatures:tuple[float, ...] = (.8, 1.)     # to try anew in every round
     tuning:int = 40                               # prompts for that choice
+    anchor:float = 1.                             # reward for each nat of likelihood under the newest model, see `anchored_scorer`; 0 as in the paper
     per_prompt:int = 2                            # best answers kept for a prompt, from all rounds
     rehearse:int = 0                              # curated SFT dialogs mixed in
     ghosts:int = 80                               # GAtt dialogs mixed in, from V4 on
@@ -103,14 +104,14 @@ def sample_and_select(
     out:Path|None=None,         # keeps the samples; a second call goes on
 ) -> list[dict]:                # the best answer to each prompt, see `best_of`, then distilled ones
     "Tune the temperature, take the best of k answers, and distil a careful preprompt on adversarial prompts (3.2.3, 4.2.4)."
-    sampling = replace(cfg.sampling, seed=cfg.seed)
+    sampling, anchored = replace(cfg.sampling, seed=cfg.seed), anchored_scorer(scorer, model, tok, cfg.anchor)
     temperature, *others = cfg.temperatures
-    if others: temperature, _ = tune_temperature(model, tok, draw(rows, cfg.tuning, cfg.seed), scorer, cfg.temperatures, sampling)
+    if others: temperature, _ = tune_temperature(model, tok, draw(rows, cfg.tuning, cfg.seed), anchored, cfg.temperatures, sampling)
     answers = sample_answers(model, tok, rows, replace(sampling, temperature=temperature), f"{name} samples", out)
-    best = best_of(rows, answers, score_samples(rows, answers, scorer), name)
+    best = best_of(rows, answers, score_samples(rows, answers, anchored), name)
     careful = distil(model, tok, rows, scorer) if any(r["kind"] == "safety" for r in rows) else []
     careful = [{**row, "version": f"{name} distilled", "reward": 0.} for row in careful]
-    return best + (rescore(careful, scorer) if careful else [])
+    return best + rescore(careful, anchored)
 
 # %% ../nbs/6_pipeline/57_versions.ipynb #f70e5345
 def fine_tune(
@@ -184,6 +185,9 @@ def round_steps(
     def sample(scorer):
         asked = draw(task_prompts(inputs["data"], "train", tasks), cfg.prompts, cfg.seed)
         return sample_and_select(name, newest, tok, asked, scorer, cfg, out/"sampled")
+    def merge(rounds, scorer):
+        anchored = anchored_scorer(scorer, newest, tok, cfg.anchor)
+        return keep_best([rescore(r, anchored) for r in rounds], cfg.per_prompt)
     def train(rows):
         model, ghosts = chat_model(inputs, 0)[0], read_jsonl(inputs["gatt"]/"dialogs.jsonl") if "gatt" in inputs else []
         rehearsal = draw(read_jsonl(inputs["data"]/"sft.jsonl"), cfg.rehearse, cfg.seed)
@@ -191,7 +195,7 @@ def round_steps(
         save(model, tok, out)
         return model
     return RoundSteps(lambda: collect_pairs(number, cfg, inputs), lambda pairs: newest_scorer(number, cfg, out, inputs, pairs), sample,
-                      lambda rounds, scorer: keep_best([rescore(r, scorer) for r in rounds], cfg.per_prompt), train,
+                      merge, train,
                       lambda model, scorer: dev_scores(model, tok, task_prompts(inputs["data"], "dev", tasks), scorer, cfg))
 
 # %% ../nbs/6_pipeline/57_versions.ipynb #a69f8e4a
