@@ -62,7 +62,7 @@ def tiny_feedback() -> dict[str, object]:
     ask = CollectConfig(newest=1., other=1.2, comparisons=6000, tasks=TASKS)
     rounds = RoundConfig(prompts=600, replay=1., per_prompt=1, lr=5e-4, epochs=2)
     return feedback(ask, replace(ask, comparisons=800), RewardConfig(batch_size=16, lr=1e-3), rounds, ObedienceConfig(), GAttConfig(),
-                    PPOConfig(iterations=30, lr=5e-5, beta=.1, critic_warmup=5), RateConfig(tasks=TASKS, prompts=1000))
+                    PPOConfig(iterations=20, batch_size=128, mini_batch=64, lr=3e-5, critic_warmup=5), RateConfig(tasks=TASKS, prompts=1000))
 
 # %% ../nbs/6_pipeline/60_pipeline.ipynb #preset03
 def nano_preset() -> dict[str, object]:
