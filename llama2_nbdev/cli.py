@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt', 'rounds', 'ppo', 'rate', 'SUGGESTIONS',
            'COMMANDS', 'run', 'print_scores', 'print_rates', 'stage_command', 'find_model', 'load_chat_model',
-           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'info', 'main']
+           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'plan', 'info', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
-import sys
+import json, sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -197,6 +198,30 @@ def reproduce(
     for step, found in measure(preset, seeds, out, runs or None)["progress"]["steps"].items():
         print(f"{step:16} {found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]  {found['verdict']}")
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #f04e70c3
+def plan(
+    model:str="70b",        # a preset: 7b, 13b, 34b, 70b ...
+    gpu:str="a100-80",      # v100-32, a100-40, a100-80, h100-80, h200 or rtx4090
+    gpus:int=2048,          # how many
+    seq:int=4096,           # tokens a row
+    tokens:float=2e12,      # to train on
+    batch:float=2**22,      # tokens of a step
+    mfu:float=0.5,          # utilisation of the computation alone; recomputation and waiting come on top
+    replicate:int=0,        # groups that each hold the whole model; 0: the planner chooses
+    shard:int=0,            # GPUs that share weights, gradients and averages; 0: the planner chooses
+    tensor:int=0,           # GPUs that share each matrix product; 0: the planner chooses
+    checkpointing:Literal["auto", "none", "selective", "full"]="auto", # of activations
+    network:Literal["infiniband", "roce"]="infiniband", # between machines
+    price:float=2.,         # dollars for a GPU hour
+    to:Literal["text", "json"]="text", # how to print it
+) -> None:
+    "Plan a training run (Section 2.2.1): memory, time, energy, carbon, money. If it does not fit, say what would."
+    from llama2_nbdev.pretraining.footprint import plan as make_plan
+    from llama2_nbdev.pretraining.network import INFINIBAND, ROCE
+    p = make_plan(model, gpu, gpus, seq, tokens, batch, mfu, replicate, shard, tensor, "" if checkpointing == "auto" else checkpointing,
+                  net=ROCE if network == "roce" else INFINIBAND, price=price)
+    print(p if to == "text" else json.dumps(asdict(p), indent=1))
+
 # %% ../nbs/6_pipeline/62_cli.ipynb #f722a15e
 def info(
     preset:str="tiny",  # whose stages to list
@@ -220,7 +245,7 @@ def info(
 # %% ../nbs/6_pipeline/62_cli.ipynb #2d754f77
 COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rejection": rejection, "gatt": gatt, "rounds": rounds,
             "ppo": ppo, "rate": rate, "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate,
-            "convert": convert, "world": world, "info": info}
+            "convert": convert, "world": world, "plan": plan, "info": info}
 
 def main(
     args:Sequence[str]|None=None, # None: what was typed
