@@ -72,6 +72,7 @@ def test_whitening_has_mean_0_and_std_1_whatever_the_scale(values, scale, shift)
 def test_whitening_guards_zero_variance_and_masks():  # traps 39, 40
     for x in (torch.full((6,), .1), torch.full((6,), 1e6), torch.zeros(6), torch.tensor([3.]), torch.tensor([.3] * 5) + 1e-9 * torch.randn(5)):
         assert whiten(x).abs().max() == 0
+    assert whiten(torch.tensor([1., torch.nan, 2.])).isnan().all(), "a broken score must not pass for an average one"
     x, mask = torch.randn(4, 7), torch.rand(4, 7) < .6
     w = whiten(torch.where(mask, x, torch.inf), mask)
     close(w[mask], whiten(x[mask]))

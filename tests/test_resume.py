@@ -1,6 +1,9 @@
-"A training run is killed at random moments and must end with the same weights, bit for bit (trap 29)."
+"A training run, and every stage of the pipeline, is killed at random moments and must end with the same files, bit for bit (traps 29, 55)."
 import json
+import multiprocessing
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_pipeline import QUICK, small_data  # noqa: F401 (a fixture)
 
+from llama2_nbdev.core import read_json, read_jsonl
 from llama2_nbdev.model.llama import Llama, ModelConfig
+from llama2_nbdev.pipeline import workspace
 from llama2_nbdev.pretraining.longrun import sha256
 from llama2_nbdev.pretraining.training import TrainConfig, fit, next_token_loss
 
@@ -98,3 +104,81 @@ def test_the_check_sees_a_difference(tmp_path):
     finally: torch.set_num_threads(threads)
     assert sha256(tmp_path / f"broken/checkpoints/step-{STEPS:08d}.pt")
     with pytest.raises(AssertionError): check(tmp_path / "broken", tmp_path / "whole")
+
+# ---- every stage of the pipeline
+
+STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "obedience", "gatt", "v4", "v5", "ppo", "rate")
+QUICKLY = ("pretrain", "sft", "preferences", "reward", "v1", "v2", "obedience", "gatt", "ppo", "rate")  # once each; the others only in the long test
+OFTEN = [f"{k}.checkpoint_every=3" for k in ("pretrain.train", "sft.train", "reward.helpfulness.train", "reward.safety.train",
+                                             "obedience.short.train", "obedience.long.train", "v2.helpfulness.train", "v2.safety.train")]
+SETTINGS = (*QUICK, *OFTEN, "ppo.ppo.checkpoint_every=1", "ppo.ppo.iterations=5", "ppo.ppo.dev_every=2", "ppo.ppo.critic_warmup=1")
+TIMES = {"seconds", "generating", "tokens_per_s", "mfu"}
+FORKS = multiprocessing.get_context("forkserver")  # imports torch once; a child is ready in milliseconds
+FORKS.set_forkserver_preload(["llama2_nbdev.pipeline"])
+
+def make(stage:str, data:Path, root:Path) -> None:
+    "What a child process does."
+    os.setsid()
+    torch.set_num_threads(1)
+    workspace("nano", data, root, SETTINGS).get(stage)
+
+def killed(stage:str, data:Path, root:Path, after:float) -> bool:
+    "Make a stage in another process and kill its whole group after some seconds; False: it was done before."
+    child = FORKS.Process(target=make, args=(stage, data, root))
+    child.start()
+    child.join(after)
+    if child.exitcode is None:
+        try: os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError: child.kill()  # it had no group of its own yet
+        child.join(60)
+    assert child.exitcode in (0, -signal.SIGKILL), f"{stage} failed; the error stands above"
+    return child.exitcode != 0
+
+def timeless(value):
+    "A JSON value without what a clock says."
+    if isinstance(value, list): return [timeless(v) for v in value]
+    return {k: timeless(v) for k, v in value.items() if k not in TIMES} if isinstance(value, dict) else value
+
+def content(folder:Path) -> dict:
+    "All that a stage leaves, but for checkpoints, clocks and sizes of files."
+    read = {".json": read_json, ".jsonl": lambda p: read_jsonl(p, allow_empty=True)}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "done" and "checkpoints" not in p.parts]
+    return {p.relative_to(folder).as_posix(): timeless(read[p.suffix](p)) if p.suffix in read else sha256(p) for p in files}
+
+@pytest.fixture(scope="module")
+def whole(small_data, tmp_path_factory):  # noqa: F811
+    "All stages, undisturbed, each in a process of its own: (data, root, seconds of each)."
+    root, seconds = tmp_path_factory.mktemp("whole"), {}
+    for stage in STAGES:
+        began = time.monotonic()
+        assert not killed(stage, small_data, root, 600)
+        seconds[stage] = time.monotonic() - began
+    return small_data, root, seconds
+
+def kill_stage(stage:str, whole:tuple, root:Path, kills:int, earliest:float=.1) -> None:
+    "Kill a stage so many times, each time somewhere in what is left of it; what it needs is the undisturbed run's."
+    (data, origin, seconds), rng = whole, random.Random(f"{stage} {kills}")
+    wanted = next(origin.glob(f"nano/{stage}-*"))
+    (root / "nano").mkdir()
+    for other in origin.glob("nano/*-*"):
+        if other != wanted: (root / "nano" / other.name).symlink_to(other)
+    out = root / "nano" / wanted.name
+    left, with_checkpoint = kills, 0
+    while left:
+        if not killed(stage, data, root, rng.uniform(earliest, .95) * seconds[stage]):  # not much was left to do
+            assert content(out) == content(wanted)
+            shutil.rmtree(out)
+        elif out.is_dir():
+            left, with_checkpoint = left - 1, with_checkpoint + any(out.rglob("step-*.json"))
+    assert not killed(stage, data, root, 300)
+    assert content(out) == content(wanted)
+    print(f"{stage}: {kills} kills, {with_checkpoint} of them after a checkpoint, no difference")
+
+@pytest.mark.parametrize("stage", QUICKLY)
+def test_a_killed_stage_ends_with_the_same_bits(whole, tmp_path, stage):  # traps 29, 55
+    kill_stage(stage, whole, tmp_path, 1, .5)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_many_kills_of_a_stage(whole, tmp_path, stage):  # traps 29, 55
+    kill_stage(stage, whole, tmp_path, 8)

@@ -107,14 +107,14 @@ def whiten(
     mask:Tensor|None=None, # bool, same shape: True where x counts; None: everywhere
     reduce:Callable[[Tensor], Tensor]|None=None, # the sum of a tensor over all ranks; None: there is one process
 ) -> Tensor: # same shape: mean 0, standard deviation 1 (n - 1 in the denominator), 0 outside the mask
-    "Take the mean away and divide by the standard deviation (Section 3.2.3). Where all values are the same, up to rounding, the result is 0."
+    "Take the mean away and divide by the standard deviation (Section 3.2.3). Where all values are the same, up to rounding, the result is 0; a nan spoils all."
     keep, reduce = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool(), reduce or (lambda part: part)
     x64 = torch.where(keep, x, 0.).double()
     n, total = reduce(torch.stack([keep.sum().double(), x64.sum()]))
     mean = total / n.clamp(min=1)
     centred = torch.where(keep, x64 - mean, 0.)
     std = (reduce(centred.square().sum()) / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 1e-6 * (mean.abs() + std), centred / std, 0.).to(x.dtype)
+    return torch.where(keep & ~(std <= 1e-6 * (mean.abs() + std)), centred / std, 0.).to(x.dtype)
 
 # %% ../../nbs/3_finetuning/35_ppo.ipynb #772c4bae
 def kl_estimate(

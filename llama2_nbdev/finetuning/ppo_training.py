@@ -96,7 +96,7 @@ class PPORun:
         cfg:PPOConfig, # the settings
         n_prompts:int, # how many; must stay the same when the run goes on
         out:Path|None, # receives checkpoints/; None: nothing is written
-        parallel:Parallel=OneProcess(), # other processes, with the same weights
+        parallel:Parallel=OneProcess(), # other processes; all begin with the weights of rank 0
     ):
         _check_apart(policy, reference, critic)
         if cfg.mini_batch % parallel.world_size: raise UserError(f"mini_batch {cfg.mini_batch} cannot be shared by {parallel.world_size} processes; choose a multiple")
@@ -106,6 +106,7 @@ class PPORun:
         self.step, self.first_look, self.best, self.waited = 0, None, None, 0
         self.n_prompts, self.folder = n_prompts, out and Path(out) / "checkpoints"
         if self.folder: self.restore(load_checkpoint(self.folder, self.settings()))
+        self.share()
 
     def settings(self) -> dict: # JSON values
         "All that must be the same when the run goes on. The number of iterations may grow."
@@ -124,6 +125,19 @@ def _check_apart(policy:nn.Module, reference:nn.Module, critic:nn.Module) -> Non
         if name != "reference" and not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"the {name} is frozen; if it is a reward model in use, pass critic_from(reward_model) instead")
 
+@torch.no_grad()
+def _share(self:PPORun) -> None:
+    "Give every process the weights of rank 0; `UserError` where they found different checkpoints."
+    if self.parallel.world_size == 1: return
+    def from_rank_0(x): return self.parallel.all_reduce_sum(torch.zeros_like(x) if self.parallel.rank else x.clone())
+    here = torch.tensor(float(self.step), device=next(self.reference.parameters()).device)
+    if self.parallel.all_reduce_sum((from_rank_0(here) != here).double()) > 0:
+        raise UserError(f"the processes found different checkpoints, this one step {self.step}; let all of them see the same folder {self.folder}")
+    for model in (self.reference, *self.models.values()):
+        for weight in model.state_dict().values(): weight.copy_(from_rank_0(weight))
+
+PPORun.share = _share
+
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #420930zz
 def _save(self:PPORun) -> None:
     "Write a checkpoint (rank 0)."
@@ -141,6 +155,25 @@ def _restore(self:PPORun,
     for k in ("step", "first_look", "best", "waited"): setattr(self, k, state[k])
 
 PPORun.save, PPORun.restore = _save, _restore
+
+# %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #35bcheck
+def _numbers(run:PPORun, places:list[int], linear:Tensor, minis:list[Batch]) -> dict[str, Tensor]: # (b,) each
+    "What each answer of the batch, of all processes, brings into the update, as sums over its tokens."
+    found = torch.zeros(4, run.cfg.batch_size, device=linear.device)
+    found[0, places] = linear
+    for m in minis:
+        each = m["values"], kl_estimate(m["logprobs"], m["ref"]), m["advantages"]
+        found[1:, [places[i] for i in m["row"]]] = torch.stack([x.sum(1) for x in each])
+    return dict(zip(("reward", "value", "KL", "advantage"), run.parallel.all_reduce_sum(found)))
+
+def _check_finite(run:PPORun, rows:Sequence[dict], numbers:dict[str, Tensor]) -> None:
+    "`UserError`, the same in every process, where one of the numbers (n,) about n prompts is not finite."
+    for name, found in numbers.items():
+        for i in (~found.isfinite()).nonzero().flatten().tolist()[:1]:
+            which = f"{rows[i].get('id', '')} {rows[i]['messages'][-1]['content'][:60]!r}".strip()
+            advice = "See what the reward function says of it." if name == "reward" else "Try lower learning rates or a larger beta."
+            raise UserError(f"PPO broke at iteration {run.step + 1}: the {name} of the answer to prompt {which} is {found[i].item():g}. "
+                            f"The weights are still those of iteration {run.step}. {advice}")
 
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #a8e664d4
 def ppo_step(
@@ -162,6 +195,7 @@ def ppo_step(
     minis = score_rollout(policy, run.reference, run.models["critic"], r, cfg, cfg.mini_batch // p.world_size)
     scores = whiten(linear, reduce=p.all_reduce_sum) - cfg.truncation_penalty * r.truncated.to(device)
     add_advantages(minis, scores, cfg, p.all_reduce_sum)
+    _check_finite(run, [rows[i] for i in order], _numbers(run, places, linear, minis))
     row = _report(run, mine, r, linear, minis, truth) | _learn(run, minis)
     run.step += 1
     return {"step": run.step, **row, "seconds": time.perf_counter() - started, "generating": generating}
@@ -174,7 +208,7 @@ def _learn(run:PPORun, minis:list[Batch]) -> dict:
         for name, loss, lr in (("critic", critic_loss(cfg), cfg.critic_lr), ("policy", policy_loss(cfg, seen), cfg.lr)):
             if name == "policy" and run.step < cfg.critic_warmup: continue
             value, _ = set_gradients(run.models[name], mini, loss, cfg.micro_batch, parallel=run.parallel)
-            norm = update(run.models[name], run.optimizers[name], lr, cfg.grad_clip)
+            norm = update(run.models[name], run.optimizers[name], lr, cfg.grad_clip) if math.isfinite(value) else math.nan
             if not math.isfinite(value + norm):
                 raise UserError(f"PPO broke at iteration {run.step + 1}: {name} loss {value:g}, gradient norm {norm:g}. Try a lower lr or a larger beta.")
             values.append(value) if name == "critic" else norms.append(norm)
@@ -201,10 +235,14 @@ def look(
 ) -> dict: # dev_reward (mean R_c), dev_kl (nats an answer), dev_objective
     "Equation 4 on held-out prompts; the weights of a new best are remembered (the paper does not say what it looks at)."
     cfg, policy = run.cfg, run.models["policy"]
-    r = rollout(policy, tok, rows, cfg, 0, purpose="held out")
-    linear, kl = linear_reward(rows, r.answers, rewards, cfg.threshold), sequence_kl(policy, run.reference, r, cfg)
-    if run.first_look is None: run.first_look = {"mean": linear.mean().item(), "std": max(linear.std().item(), 1e-6)}
-    scores = (linear - run.first_look["mean"]) / run.first_look["std"] - cfg.truncation_penalty * r.truncated
+    places, numbers = list(range(len(rows))[run.parallel.rank::run.parallel.world_size]), torch.zeros(3, len(rows))
+    if mine := [rows[i] for i in places]:
+        r = rollout(policy, tok, mine, cfg, 0, places, "held out")
+        numbers[:, places] = torch.stack([linear_reward(mine, r.answers, rewards, cfg.threshold), sequence_kl(policy, run.reference, r, cfg), r.truncated.float()])
+    linear, kl, truncated = run.parallel.all_reduce_sum(numbers.to(next(policy.parameters()).device)).cpu()
+    _check_finite(run, rows, {"reward": linear, "KL": kl})
+    if run.first_look is None: run.first_look = {"mean": linear.mean().item(), "std": max(1e-6, linear.std().item())}
+    scores = (linear - run.first_look["mean"]) / run.first_look["std"] - cfg.truncation_penalty * truncated
     objective = (scores - cfg.beta * kl).mean().item()
     run.waited += 1
     if run.best is None or objective > run.best["objective"]:
@@ -224,7 +262,7 @@ def train_ppo(
     out:Path|None=None, # receives metrics.jsonl and checkpoints/; a second call resumes
     dev_rows:Sequence[dict]|None=None, # held-out prompts; None: no early stop, the last weights are kept
     truth:Callable|None=None, # (row, answer) -> true utility; reported, never trained on
-    parallel:Parallel|None=None, desc:str="ppo", # several processes with the same weights; label of the progress bar
+    parallel:Parallel|None=None, desc:str="ppo", # several processes, each called with its own; label of the progress bar
 ) -> list[dict]: # the rows of metrics.jsonl, one an iteration
     "PPO (Section 3.2.3). Killed at any moment and called again it ends with the same weights: those of the best look at `dev_rows`."
     run = PPORun(policy, reference, critic, cfg, len(rows), out, parallel or OneProcess())
