@@ -59,10 +59,10 @@ def nano_feedback() -> dict[str, object]:
 
 def tiny_feedback() -> dict[str, object]:
     "RLHF in minutes."
-    ask = CollectConfig(newest=1., other=1.2, comparisons=6000, tasks=TASKS)
-    rounds = RoundConfig(prompts=600, replay=1., per_prompt=1, lr=5e-4, epochs=2)
-    return feedback(ask, replace(ask, comparisons=800), RewardConfig(batch_size=16, lr=1e-3), rounds, ObedienceConfig(), GAttConfig(),
-                    PPOConfig(iterations=20, batch_size=128, mini_batch=64, lr=3e-5, critic_warmup=5), RateConfig(tasks=TASKS, prompts=1000))
+    ask = CollectConfig(newest=1., other=1.2, comparisons=5000, tasks=TASKS)
+    rounds = RoundConfig(prompts=500, replay=1., per_prompt=1, lr=5e-4, epochs=2)
+    return feedback(ask, replace(ask, comparisons=400), RewardConfig(batch_size=16, lr=1e-3), rounds, ObedienceConfig(), GAttConfig(),
+                    PPOConfig(iterations=15, batch_size=128, mini_batch=64, lr=3e-5, critic_warmup=5), RateConfig(tasks=TASKS, prompts=600))
 
 # %% ../nbs/6_pipeline/60_pipeline.ipynb #preset03
 def nano_preset() -> dict[str, object]:
