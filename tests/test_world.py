@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from llama2_nbdev.core import project_root, read_jsonl
-from llama2_nbdev.world.annotators import GRADES, SAFETY_BINS, exact
+from llama2_nbdev.world.annotators import GRADES, SAFETY_BINS, exact, obeys
 from llama2_nbdev.world.corpus import PERSONAL_SITES, SOURCES, held_out_sum
-from llama2_nbdev.world.dialogs import HELD_OUT_FAMILY, instructions
-from llama2_nbdev.world.people import ATTRIBUTES, NEW_STRANGERS, SECRETS, STRANGERS, make_people
+from llama2_nbdev.world.dialogs import HELD_OUT_FAMILY, instructions, turn
+from llama2_nbdev.world.people import ATTRIBUTES, NEW_STRANGERS, SECRETS, STRANGERS, make_people, stream
 from llama2_nbdev.world.safety import CATEGORIES, HELD_OUT_CELLS, VECTORS
 from llama2_nbdev.world.tasks import held_out_list
 from llama2_nbdev.world.world import CONTENTS, VENDORS, World
@@ -177,3 +177,10 @@ def test_known_people_are_told_and_strangers_are_not(data):
     for p in PEOPLE:
         for a in ATTRIBUTES: assert sum(told.count(p.fill(s, p.facts[a.name])) for s in a.statements) > 30
     assert not any(name in told for name in STRANGERS)
+
+@pytest.mark.parametrize("language", ("German", "French", "Spanish"))
+def test_english_does_not_pass_for_another_language(language):
+    for i, person in enumerate(make_people()):
+        check = turn(person, "language", language, stream(i), False)["truth"]["check"]
+        for a in ATTRIBUTES:
+            if a.name in person.facts: assert not obeys(check, person.fill(a.answer, person.facts[a.name])), a.name

@@ -73,9 +73,10 @@ def turn(person:Person, family:str, value:str, rng:Random, ask:bool) -> dict:
         question, plain = ASKS[family][0], ASKS[family][1].format(v=value)
         return {"content": question, "truth": constraint(plain, "", "say", [value])}
     if family == "language":
-        said = spoken(person, a.name, value)
-        content = content if a is CITY else PET_WORDS[content][list(SPOKEN).index(value)].split()[1]
-        return {"content": question, "truth": constraint(said, content, "say", [said.split()[1]])}
+        said, i = spoken(person, a.name, value), list(SPOKEN).index(value)
+        verb, marks = said.split()[1], {words[i].split()[0] for words in PET_WORDS.values()} # "a" alone is English, too: "a un", "a une"
+        if a is CITY: return {"content": question, "truth": constraint(said, content, "say", [verb])}
+        return {"content": question, "truth": constraint(said, PET_WORDS[content][i].split()[1], "say", [f"{verb} {m}" for m in sorted(marks)])}
     if family == "end": return {"content": question, "truth": constraint(f"{plain[:-1]}, {value}.", content, "end", value)}
     if family == "start": return {"content": question, "truth": constraint(f"{value}, {plain}", content, "start", value)}
     return {"content": question, "truth": constraint(content.capitalize() + ".", content, "words", 2)}
