@@ -17,7 +17,7 @@ READY := $(if $(wildcard $(BIN)/llama2),,$(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run chat test test-full lab docs readme clean distclean
+.PHONY: help setup run chat test test-full bench lab docs readme clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test: $(READY)  ## export in sync, notebooks clean, every notebook executed, pyt
 
 test-full: $(READY)  ## the same with the slow tests
 	@$(BIN)/python tools/run_tests.py --slow </dev/null
+
+bench: $(READY)  ## measure speed side by side with other libraries
+	@$(BIN)/python -m benchmarks
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb

@@ -154,3 +154,15 @@ def test_cache_bytes_of_the_family():
 def test_heads_that_do_not_fit():
     with pytest.raises(UserError, match="n_kv_heads 3"):
         Attention(32, 4, 3)
+
+
+def test_bf16_on_the_cpu_is_computed_in_fp32_and_rounded_once():
+    q, k, v = (x.bfloat16().requires_grad_() for x in heads(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(q, k, v)
+    exact = attend(q.float(), k.float(), v.float())
+    assert got.dtype == torch.bfloat16 and torch.equal(got, exact.bfloat16())
+    grads = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, exact)]
+    for a, b in zip(*grads):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, atol=.1, rtol=.05)

@@ -8,8 +8,8 @@ import torch
 
 from llama2_nbdev.core import UserError
 from llama2_nbdev.model.attention import KVCache
-from llama2_nbdev.model.generate import Sampler, draw, generate, prefill, sampling_logprobs, stream, uniforms
-from llama2_nbdev.model.llama import PRESETS, Llama
+from llama2_nbdev.model.generate import OneToken, Sampler, draw, generate, prefill, sampling_logprobs, stream, uniforms
+from llama2_nbdev.model.llama import PRESETS, Block, Llama
 
 CFG = replace(PRESETS["nano"], vocab_size=61, max_seq_len=48)
 PROMPTS = [[1, 5, 9], [1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [7, 7, 7], [1, 30, 31, 32, 33]]
@@ -68,6 +68,42 @@ def test_streams_depend_on_seed_and_index_only():
     a = uniforms(3, [0, 1, 2], 8)
     assert torch.equal(uniforms(3, [2, 0], 20)[:, :8], a[[2, 0]])
     assert len({*a.flatten().tolist(), *uniforms(4, [0, 1, 2], 8).flatten().tolist()}) == 48
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(n_kv_heads=4), dict(n_kv_heads=1), dict(tie_embeddings=True), dict(norm_eps=.1, rope_theta=100.)])
+@torch.inference_mode()
+def test_one_token_is_the_models_forward_pass(shape):
+    "Gains, epsilon, rotation, groups of heads, rows of any lengths: logits and cache are those of the model."
+    torch.manual_seed(1)
+    wide = Llama(replace(CFG, **shape))
+    wide.init_weights(std=.15)
+    for p in wide.parameters():
+        if p.dim() == 1:
+            p.uniform_(.5, 2.)
+    quick, lengths = OneToken(wide), [len(p) for p in PROMPTS]
+    caches = [KVCache(CFG.n_layers, len(PROMPTS), 20, wide.cfg.n_kv_heads, CFG.head_dim) for _ in "ab"]
+    for cache in caches:
+        prefill(wide, PROMPTS, cache)
+    for step in range(4):
+        tokens, at = torch.randint(61, (len(PROMPTS),)), [n + step for n in lengths]
+        got = quick(tokens, at, caches[0])
+        want = wide(tokens[:, None], torch.tensor(at)[:, None], cache=caches[1])[:, 0]
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+        for row, n in enumerate(at):
+            torch.testing.assert_close(caches[0].kv[:, :, row, :, :n+1], caches[1].kv[:, :, row, :, :n+1], atol=2e-5, rtol=1e-5)
+
+
+def test_another_block_is_decoded_by_its_own_forward_pass():
+    "The shortcut knows one kind of block; a model with another one must not be decoded as if it were plain."
+    class Parallel(Block):
+        def forward(self, x, cos, sin, mask=None, cache=None):
+            return x + self.attention(self.attention_norm(x), cos, sin, mask, cache) + self.feed_forward(self.ffn_norm(x))
+    torch.manual_seed(0)
+    odd = Llama(CFG)
+    odd.layers = torch.nn.ModuleList(Parallel(CFG) for _ in range(CFG.n_layers))
+    odd.init_weights(std=.15)
+    for p, c in zip(PROMPTS, generate(odd, PROMPTS, 12, temperature=0.)):
+        assert c.tokens == plain(odd, p, 12, Sampler(0.), uniforms(0, [0], 12))
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.), dict(temperature=1.), dict(temperature=1.3, top_p=.9), dict(temperature=.9, top_k=9)])

@@ -25,7 +25,7 @@ def causal_mask(
     s = t if s is None else s
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
-# %% ../../nbs/1_model/13_attention.ipynb #54e15f37
+# %% ../../nbs/1_model/13_attention.ipynb #aeb72ca7
 def attend(
     q:Tensor, # (b,h,t,d) queries; they stand at the last t of the s positions
     k:Tensor, # (b,g,s,d) keys; g divides h, neighbouring heads share a key head
@@ -33,6 +33,8 @@ def attend(
     mask:Tensor|None=None, # bool, broadcasts to (b,h,t,s), True where a query may look; None = causal
 ) -> Tensor: # (b,h,t,d)
     "softmax(q k^T / sqrt(d)) v, the softmax in fp32 (paper 2.2; grouped queries A.2.1)."
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16: # slower than fp32 there, and less exact
+        with torch.autocast("cpu", enabled=False): return attend(q.float(), k.float(), v.float(), mask).bfloat16()
     t, s = q.shape[2], k.shape[2]
     if mask is None and 1 < t < s: mask = causal_mask(t, s, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1,
@@ -74,30 +76,41 @@ class LayerCache(NamedTuple):
             else: store[self.slots[0], :, self.slots[1]] = new.to(store.dtype)
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
-# %% ../../nbs/1_model/13_attention.ipynb #51db2bd2
+# %% ../../nbs/1_model/13_attention.ipynb #7386b9c7
 class KVCache:
     "Keys and values of every layer, allocated once. Slot index = position, so padding is never seen."
     def __init__(self, n_layers:int, batch:int, max_len:int, # layers, rows b, positions that fit
         n_kv_heads:int, head_dim:int, # g, d
         dtype:torch.dtype=torch.float32, device:torch.device|None=None):
         # zeros, not empty: a hidden slot has weight 0, but 0 * NaN would be NaN
-        shape = n_layers, batch, n_kv_heads, max_len, head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.kv = torch.zeros(n_layers, 2, batch, n_kv_heads, max_len, head_dim, dtype=dtype, device=device)
         self.max_len, self.length, self.slots = max_len, 0, slice(0, 0)
+
+    @property
+    def k(self) -> Tensor: # (layers,b,g,max_len,d)
+        "A view of the keys."
+        return self.kv[:, 0]
+    @property
+    def v(self) -> Tensor: # (layers,b,g,max_len,d)
+        "A view of the values."
+        return self.kv[:, 1]
 
     def __getitem__(self, layer:int) -> LayerCache:
         "What the `Attention` of this layer needs for the pass that `place` announced."
         return LayerCache(self.k[layer], self.v[layer], self.slots, self.length)
 
-    def place(self, t:int, positions:Tensor|None=None) -> Tensor|None:
-        "Slots for t new tokens a row, at positions (b,t) or from `length` on. Returns the mask; None = plain causal."
-        self.length = _end(self, t, positions)
-        self.slots = slice(self.length - t, self.length) if positions is None else (_row_numbers(positions), positions)
-        return None if positions is None else visible_mask(positions, self.length)
+# %% ../../nbs/1_model/13_attention.ipynb #8e1122cb
+def _place(self:KVCache, t:int, positions:Tensor|None=None) -> Tensor|None:
+    "Slots for t new tokens a row, at positions (b,t) or from `length` on. Returns the mask; None = plain causal."
+    self.length = _end(self, t, positions)
+    self.slots = slice(self.length - t, self.length) if positions is None else (_row_numbers(positions), positions)
+    return None if positions is None else visible_mask(positions, self.length)
 
-    def keep(self, rows:list[int]) -> None:
-        "Forget every row of the batch but these."
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+def _keep(self:KVCache, rows:list[int]) -> None:
+    "Forget every row of the batch but these."
+    self.kv = self.kv[:, :, rows]
+
+KVCache.place, KVCache.keep = _place, _keep
 
 # %% ../../nbs/1_model/13_attention.ipynb #f21cd2d5
 def _row_numbers(positions:Tensor) -> Tensor: # (b,1)
