@@ -21,7 +21,7 @@ from llama2_nbdev.model.weights import load
 from llama2_nbdev.pretraining import longrun
 from llama2_nbdev.pretraining.data import tokenize_corpus
 from llama2_nbdev.pretraining.longrun import Speedometer, derive_seed, load_checkpoint, save_checkpoint
-from llama2_nbdev.pretraining.training import (PretrainConfig, Run, TrainConfig, cosine_lr, evaluate_loss, fit, make_optimizer,
+from llama2_nbdev.pretraining.training import (OneProcess, PretrainConfig, Run, TrainConfig, cosine_lr, evaluate_loss, fit, make_optimizer,
                                                next_token_loss, pretrain, set_gradients, split_rows, train_step, update)
 
 SMALL = ModelConfig(16, 2, 2, 1, vocab_size=32, multiple_of=16, max_seq_len=32)
@@ -339,7 +339,7 @@ def two_ranks(rank:int, folder:str) -> None:
     import torch.distributed as dist
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    class Gloo:
+    class Gloo(OneProcess):
         world_size = 2
         def all_reduce_sum(self, x):
             dist.all_reduce(x := x.clone())

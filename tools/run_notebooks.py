@@ -1,4 +1,4 @@
-"""Execute every notebook with nbdev's runner, each in a process of its own, and write `results/times.json`.
+"""Execute every notebook with nbdev's runner, each in a process of its own, some at a time, and write `results/times.json`.
 
 Use: python tools/run_notebooks.py [NAME ...] [--slow]      NAME: part of a notebook's path; all when nothing is named
 Before a complete run, the artefacts of the preset ($LLAMA2_PRESET, default tiny) are trained once; all notebooks share
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,10 +38,15 @@ for name, _ in list(ws.status()): ws.get(name)
 """
 
 
+def cores() -> int:
+    "How many this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict:
     "What the times depend on, without anything that names a person's machine."
     return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "processor": processor(),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -119,17 +125,20 @@ def run(names: list[str], slow: bool = False) -> list[str]:
         seconds[ARTEFACTS] = spent
     if not ok:
         failed.append(ARTEFACTS)
-    for path in find():
-        name = str(path.relative_to(ROOT / "nbs"))
-        if names and not any(n in name for n in names):
-            continue
-        ok, spent, text = child(["-c", RUN, str(path), "" if slow else "slow", str(ROOT)], env)
-        print(f"  {'ok  ' if ok else 'FAIL'} {spent:6.0f} s  {name}", flush=True)
-        if ok:
-            seconds[name] = spent
-        else:
-            failed.append(name)
-            print("\n".join(text.splitlines()[-40:]))
+    chosen = {str(path.relative_to(ROOT / "nbs")): path for path in find()}
+    chosen = {name: path for name, path in chosen.items() if not names or any(n in name for n in names)}
+    at_once = min(4, cores())  # models this small make better use of two cores in two processes than in two threads
+    env["OMP_NUM_THREADS"] = str(max(1, cores() // at_once))
+    with ThreadPoolExecutor(at_once) as pool:
+        jobs = {pool.submit(child, ["-c", RUN, str(path), "" if slow else "slow", str(ROOT)], env): name for name, path in chosen.items()}
+        for job in as_completed(jobs):
+            name, (ok, spent, text) = jobs[job], job.result()
+            print(f"  {'ok  ' if ok else 'FAIL'} {spent:6.0f} s  {name}", flush=True)
+            if ok:
+                seconds[name] = spent
+            else:
+                failed.append(name)
+                print("\n".join(text.splitlines()[-40:]))
     record(seconds, complete=not names and not failed)
     return failed
 

@@ -7,7 +7,7 @@ __all__ = ['next_token_loss', 'split_rows', 'Parallel', 'OneProcess', 'set_gradi
            'make_optimizer', 'update', 'evaluate_loss', 'Run', 'train_step', 'fit', 'PretrainConfig', 'pretrain']
 
 # %% ../../nbs/2_pretraining/21_training.ipynb #f89c964c
-import hashlib, math
+import hashlib, math, shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -48,18 +48,24 @@ def split_rows(
 
 # %% ../../nbs/2_pretraining/21_training.ipynb #c63e6176
 class Parallel(Protocol):
-    "What `fit` asks of several processes that train one model. Every process holds the same weights."
-    rank:int # this process, from 0
-    world_size:int # how many there are
-    def all_reduce_sum(self, x:Tensor) -> Tensor:
-        "The sum of x over all ranks, the same on each."
+    "What `fit` asks of several processes that train one model."
+    rank:int # which part of each batch this process takes, from 0
+    world_size:int # how many parts there are
+    tensor:int # processes that work on one part together
+    leader:bool # this process writes the log
+    def all_reduce_sum(self, x:Tensor) -> Tensor: "The sum of x over all parts, the same on each process."
+    def save(self, run:"Run", wait:bool) -> None: "Write a checkpoint; with `wait` it is on the disk when this returns."
+    def restore(self, run:"Run") -> None: "Put back the newest whole checkpoint in `run.folder`, if there is one."
 
 class OneProcess:
-    "The `Parallel` of a single process."
-    rank, world_size = 0, 1
-    def all_reduce_sum(self, x:Tensor) -> Tensor:
-        "x itself."
-        return x
+    "The `Parallel` of a single process; of several, those that hold equal weights."
+    rank, world_size, tensor = 0, 1, 1
+    leader = property(lambda self: self.rank == 0)
+    def all_reduce_sum(self, x:Tensor) -> Tensor: "x itself."; return x
+    def save(self, run:"Run", wait:bool) -> None:
+        "All in one file, by the leader."
+        if self.leader: save_checkpoint(run.folder, run.step, run.state(), run.settings(), run.cfg.keep)
+    def restore(self, run:"Run") -> None: "See `load_checkpoint`."; run.restore(load_checkpoint(run.folder, run.settings()))
 
 # %% ../../nbs/2_pretraining/21_training.ipynb #5673c00c
 def set_gradients(
@@ -178,9 +184,9 @@ class Run:
         self.optimizer, self.folder = make_optimizer(model, cfg), out and Path(out) / "checkpoints"
         self.dtype = pick_dtype(next(model.parameters()).device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         seed_everything(derive_seed(cfg.seed, "noise", parallel.rank))
-        if self.folder and resume: self.restore(load_checkpoint(self.folder, self.settings()))
-        elif self.folder and parallel.rank == 0:
-            for old in self.folder.glob("step-*"): old.unlink()
+        if self.folder and resume: parallel.restore(self)
+        elif self.folder and parallel.leader:
+            for old in self.folder.glob("step-*"): shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def settings(self) -> dict: # JSON values
         "All that must be the same when the run goes on."
@@ -189,12 +195,13 @@ class Run:
         return {k: v for k, v in asdict(self.cfg).items() if k not in free} | dict(model=hashlib.sha256(shape.encode()).hexdigest()[:12])
 
 # %% ../../nbs/2_pretraining/21_training.ipynb #fa36d155
-def _save(self:Run) -> None:
-    "Write a checkpoint (rank 0)."
-    if self.folder is None or self.parallel.rank: return
-    state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                 dtype=str(self.dtype).removeprefix("torch."), rng=get_rng())
-    save_checkpoint(self.folder, self.step, state, self.settings(), self.cfg.keep)
+def _state(self:Run) -> dict:
+    "What a checkpoint holds."
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, rng=get_rng(), dtype=str(self.dtype)[6:])
+
+def _save(self:Run, wait:bool=True) -> None:
+    "Write a checkpoint."
+    if self.folder: self.parallel.save(self, wait)
 
 def _restore(self:Run,
     state:dict|None, # as written by `save`; None: begin
@@ -210,7 +217,7 @@ def _any_rank(self:Run, flag:bool) -> bool:
     "Whether the flag is set on some rank: they must all stop after the same step, or one would wait for ever."
     return self.parallel.all_reduce_sum(torch.tensor(float(flag), device=next(self.model.parameters()).device)).item() > 0
 
-Run.save, Run.restore, Run.any_rank = _save, _restore, _any_rank
+Run.state, Run.save, Run.restore, Run.any_rank = _state, _save, _restore, _any_rank
 
 # %% ../../nbs/2_pretraining/21_training.ipynb #b0ec3a3f
 def train_step(
@@ -251,7 +258,7 @@ def fit(
             batch = batches[run.step]
             monitor.add(train_step(run, batch, loss_fn), batch, on_step)
             stopping = run.any_rank(stop.seen)
-            if stopping or run.step % cfg.checkpoint_every == 0 or run.step == cfg.steps: run.save()
+            if (last := stopping or run.step == cfg.steps) or run.step % cfg.checkpoint_every == 0: run.save(wait=last)
             if stopping: raise KeyboardInterrupt(_stopped(run))
     return monitor.log.rows
 
@@ -259,10 +266,10 @@ def fit(
 class _Monitor:
     "Log, speed and progress bar of a run."
     def __init__(self, run:Run, out:Path|None, desc:str):
-        rank, self.cfg = run.parallel.rank, run.cfg
-        self.log = MetricsLog(None if rank else out, run.step, self.cfg.tensorboard)
-        self.speed = Speedometer(run.model, run.dtype, run.parallel.world_size)
-        self.bar = progress(desc=desc, total=self.cfg.steps, unit="step", disable=rank > 0)
+        parallel, self.cfg = run.parallel, run.cfg
+        self.log = MetricsLog(out if parallel.leader else None, run.step, self.cfg.tensorboard)
+        self.speed = Speedometer(run.model, run.dtype, parallel.world_size, parallel.tensor)
+        self.bar = progress(desc=desc, total=self.cfg.steps, unit="step", disable=not parallel.leader)
         self.bar.initial = self.bar.n = run.step
 
     def add(self, row:dict, batch:Batch, on_step:Callable|None) -> None:
@@ -277,8 +284,7 @@ class _Monitor:
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}{speed}" + (f", MFU {row['mfu']:.0%}" if "mfu" in row else ""), refresh=False)
         self.bar.update()
 
-def _stopped(run:Run) -> str: # what Ctrl-C says
-    "Where a stopped run stands and how it goes on."
+def _stopped(run:Run) -> str: # where a stopped run stands and how it goes on
     how = f"Saved in {run.folder}: run the same again to go on." if run.folder else "Nothing was saved, since no `out` was given."
     return f"stopped after step {run.step} of {run.cfg.steps}. {how}"
 
