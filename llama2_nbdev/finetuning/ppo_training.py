@@ -26,6 +26,7 @@ from ..model.llama import Llama
 from ..model.tokenizer import Tokenizer
 from ..pretraining.data import Batch
 from ..pretraining.longrun import InterruptFlag, MetricsLog, load_checkpoint, save_checkpoint
+from ..pretraining.scaling import gathered
 from ..pretraining.training import OneProcess, Parallel, make_optimizer, set_gradients, split_rows, update
 
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #00975969
@@ -117,11 +118,11 @@ class PPORun:
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #420930a3
 def _check_apart(policy:nn.Module, reference:nn.Module, critic:nn.Module) -> None:
     "Three models without a common weight, two of which can learn; `UserError` otherwise."
-    owner = {}
+    owner, place = {}, lambda p: getattr(p, "_local_tensor", p).data_ptr() or id(p) # of a sharded weight: of its part
     for name, model in (("policy", policy), ("reference", reference), ("critic", critic)):
-        if clash := {owner[p.data_ptr()] for p in model.parameters() if p.data_ptr() in owner}:
+        if clash := {owner[place(p)] for p in model.parameters() if place(p) in owner}:
             raise UserError(f"{name} and {clash.pop()} share weights, so one would move with the other; pass a copy (copy.deepcopy)")
-        owner |= {p.data_ptr(): name for p in model.parameters()}
+        owner |= {place(p): name for p in model.parameters()}
         if name != "reference" and not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"the {name} is frozen; if it is a reward model in use, pass critic_from(reward_model) instead")
 
@@ -189,7 +190,7 @@ def ppo_step(
     places = np.arange(cfg.batch_size).reshape(-1, p.world_size, cfg.mini_batch // p.world_size)[:, p.rank].ravel().tolist()
     order = prompt_order(len(rows), cfg, run.step)
     mine = [rows[order[i]] for i in places]
-    r = rollout(policy, tok, mine, cfg, run.step, places)
+    with gathered(policy) as plain: r = rollout(plain, tok, mine, cfg, run.step, places) # a sharded policy comes together once
     generating = time.perf_counter() - started
     linear = linear_reward(mine, r.answers, rewards, cfg.threshold).to(device)
     minis = score_rollout(policy, run.reference, run.models["critic"], r, cfg, cfg.mini_batch // p.world_size)
