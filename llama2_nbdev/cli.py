@@ -8,7 +8,7 @@ __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt
            'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'plan', 'info', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
-import json, sys
+import json, os, sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -260,3 +260,6 @@ def main(
     except KeyboardInterrupt:
         print("\nllama2: stopped; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError: # as in `llama2 plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -79,13 +79,13 @@ def gatt_over_seeds(
     for seed, ws in enumerate(runs):
         model, tok = load(ws.get("obedience"))
         taught, cfg, curated = ("figure", "language", "language", "end", "start"), ws.configs["gatt"], read_jsonl(ws.get("data")/"sft.jsonl")
-        ghosts = synthesise(model, tok, [conversation(taught, seed=100 * seed + 1, i=i) for i in range(88)], cfg)
-        asked = [conversation(taught[:2] + taught[3:], seed=100 * seed + 99, i=i) for i in range(tests)]
+        ghosts = synthesise(model, tok, [conversation(taught, seed=100 * seed + 1, i=i, turns=max(turns)) for i in range(88)], cfg)
+        asked = [conversation(taught[:2] + taught[3:], seed=100 * seed + 99, i=i, turns=max(turns)) for i in range(tests)]
         asked = [r | {"instruction": shorten(r["instruction"])} if i % 2 else r for i, r in enumerate(asked)]
         ordinary = curated[:360] + join_dialogs(tok, curated[360:510], 570) + [lesson(KINDS, 100 * seed + 7, i) for i in range(60)]
         for when in found:
             if when == "after": train_gatt(model, tok, ghosts, ordinary, cfg)
-            for turn, share in consistency(model, tok, asked, turns).items(): found[when][turn].append(share.mean)
+            for turn, share in consistency(model, tok, asked, turns, cfg.max_new_tokens).items(): found[when][turn].append(share.mean)
     return found | {"late": {when: np.mean([shares for turn, shares in by.items() if turn > 1], axis=0).tolist() for when, by in found.items()}}
 
 # %% ../nbs/6_pipeline/61_reproduce.ipynb #0920724b
@@ -107,6 +107,6 @@ def reproduce(
     spaces = [workspace(preset, root=runs, settings=seed_settings(s)) for s in range(seeds)]
     for ws in progress(spaces, desc="seeds", unit="run"): ws.get("rate")
     result = {"provenance": provenance(preset, seeds), "progress": progress_over_seeds(spaces),
-              "reward_accuracy": reward_accuracy_over_seeds(spaces), "gatt": gatt_over_seeds(spaces)}
+              "reward_accuracy": reward_accuracy_over_seeds(spaces), "gatt": gatt_over_seeds(spaces, range(1, 11 if preset == "nano" else 21))} # nano: many tokens a word
     if out: write_json(Path(out)/preset/"rlhf.json", result)
     return result
