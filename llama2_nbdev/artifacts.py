@@ -8,7 +8,7 @@ __all__ = ['canonical', 'config_hash', 'data_files', 'fingerprint', 'Stage', 'st
            'stage_summary', 'live_state', 'stage_states', 'explain_stage']
 
 # %% ../nbs/0_ground/02_artifacts.ipynb #b42837e4
-import dataclasses, enum, hashlib, json, math, os, sys, traceback
+import contextlib, dataclasses, enum, hashlib, json, math, os, sys, traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .core import UserError, atomic_write, project_root, read_json, write_json
+from .processes import Processes, own_folder
 
 # %% ../nbs/0_ground/02_artifacts.ipynb #0adbd6ea
 def canonical(
@@ -245,7 +246,7 @@ class Workspace:
 # %% ../nbs/0_ground/02_artifacts.ipynb #c38d88f2
 def _say(ws:Workspace, line:str)->None:
     "One line for the person who waits."
-    if not ws.quiet and os.environ.get("LLAMA2_QUIET") != "1": print(f"[{ws.name}] {line}", file=sys.stderr, flush=True)
+    if not ws.quiet and Processes().leader and os.environ.get("LLAMA2_QUIET") != "1": print(f"[{ws.name}] {line}", file=sys.stderr, flush=True)
 
 def _lock(ws:Workspace, folder:Path)->FileLock:
     "The lock of an artefact, in a folder of its own."
@@ -269,20 +270,21 @@ def _finished(folder:Path)->bool:
 # %% ../nbs/0_ground/02_artifacts.ipynb #a9086e34
 def get_artefact(ws:Workspace, name:str)->Path:
     "`Workspace.get`: makes what is missing on the way, goes on with what was killed, waits for who is already at it."
-    folder = ws.path(name)
-    if name in ws.sources or _finished(folder): return folder
+    folder, p = ws.path(name), Processes()
+    if name in ws.sources or p.told(p.leader and _finished(folder)): return folder
     inputs = {n: get_artefact(ws, n) for n in _registry[name].needs}
-    lock = _lock(ws, folder)
-    if _taken(lock): _say(ws, f"{folder.name}: another process is making it; waiting")
+    lock = _lock(ws, folder) if p.leader else contextlib.nullcontext()
+    if p.leader and _taken(lock): _say(ws, f"{folder.name}: another process is making it; waiting")
     with lock:
-        if not _finished(folder): _make(ws, _registry[name], folder, inputs)
+        if not p.told(p.leader and _finished(folder)): _make(ws, _registry[name], folder, inputs)
     return folder
 
 def _make(ws:Workspace, st:Stage, folder:Path, inputs:dict[str, Path])->None:
     "Run a stage and tell its story in two lines."
-    record = stage_records(st.name, ws.configs, ws.sources)[st.name]
     _say(ws, f"{folder.name}: {'starts' if folder_state(folder) == 'missing' else 'goes on'}")
-    try: run_stage(st, stage_config(st, ws.configs), folder, inputs, record)
+    try:
+        record = stage_records(st.name, ws.configs, ws.sources)[st.name]
+        with own_folder(folder) as mine: run_stage(st, stage_config(st, ws.configs), mine, inputs, record)
     except BaseException as e:
         why = "interrupted" if isinstance(e, KeyboardInterrupt) else f"failed ({type(e).__name__}: {str(e)[:200]})"
         _say(ws, f"{folder.name}: {why}. Its files are kept in {ws.root.name}/{ws.name}/{folder.name}: ask again to go on, or delete them to start afresh")

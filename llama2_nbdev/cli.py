@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt', 'rounds', 'ppo', 'rate', 'SUGGESTIONS',
            'COMMANDS', 'run', 'print_scores', 'print_rates', 'stage_command', 'find_model', 'load_chat_model',
-           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'plan', 'info', 'main']
+           'generate', 'chat', 'ask', 'answer', 'convert', 'world', 'reproduce', 'plan', 'info', 'together', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
 import json, os, sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -242,6 +243,17 @@ def info(
     except UserError as e: return print(f"  {preset}: {e}")
     for stage, state in states: print(f"  {preset}/{stage}: {state}")
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #33d4988f
+@contextmanager
+def together() -> Iterator[None]:
+    "Join the processes that `torchrun` started, if it did. Only the first one prints; errors are printed by all."
+    if "RANK" not in os.environ: yield; return
+    from llama2_nbdev.pretraining.scaling import distributed
+    with distributed(), open(os.devnull, "w") as nowhere:
+        if os.environ["RANK"] == "0": yield; return
+        os.environ["LLAMA2_QUIET"] = "1"
+        with redirect_stdout(nowhere): yield
+
 # %% ../nbs/6_pipeline/62_cli.ipynb #2d754f77
 COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rejection": rejection, "gatt": gatt, "rounds": rounds,
             "ppo": ppo, "rate": rate, "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate,
@@ -252,8 +264,10 @@ def main(
 ) -> None:
     "The command `llama2`. A mistake of the user gives one line and exit status 2, Ctrl-C gives 130."
     from tyro import conf, extras
-    try: extras.subcommand_cli_from_dict(COMMANDS, prog="llama2", args=args, config=(conf.PositionalRequiredArgs,),
-                                         description="The Llama 2 paper, executable.")
+    try:
+        with together():
+            extras.subcommand_cli_from_dict(COMMANDS, prog="llama2", args=args, config=(conf.PositionalRequiredArgs,),
+                                            description="The Llama 2 paper, executable.")
     except UserError as e:
         print(f"llama2: {e}", file=sys.stderr)
         sys.exit(2)
@@ -263,3 +277,5 @@ def main(
     except BrokenPipeError: # as in `llama2 plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+if __name__ == "__main__" and Path(sys.argv[0]).name == "cli.py": main() # python -m llama2_nbdev.cli, not a notebook

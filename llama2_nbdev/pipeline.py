@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .artifacts import Workspace
 from .core import UserError, atomic_write, project_root
+from .processes import Processes
 from .evaluation import EvaluateConfig
 from .finetuning.gatt import GAttConfig, ObedienceConfig
 from .finetuning.ppo import PPOConfig
@@ -145,5 +146,6 @@ def run(
     made = ws.get(until)
     if until != "report": return made
     target = made.parent/"report.html"
-    with atomic_write(target) as f: f.write((made/"report.html").read_text(encoding="utf-8"))
+    if Processes().leader:
+        with atomic_write(target) as f: f.write((made/"report.html").read_text(encoding="utf-8"))
     return target

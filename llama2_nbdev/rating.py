@@ -8,12 +8,14 @@ __all__ = ['RateConfig', 'rate_model', 'compare_versions', 'rate']
 # %% ../nbs/6_pipeline/57b_rating.ipynb #e8cf160e
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from .artifacts import stage
 from .core import pick_device, progress, read_jsonl, write_jsonl
+from .processes import spread
 from .finetuning.ppo import PPOConfig
 from .finetuning.reward import draw
 from .finetuning.rollouts import linear_reward, reward_pair, rollout, sequence_kl
@@ -45,15 +47,16 @@ def rate_model(
     cfg:RateConfig,            # sampling
 ) -> list[dict]:               # a row a prompt: id, kind, answer, reward (before the sigmoid), truth, kl (nats to the reference)
     "One sampled answer to every prompt, with what the reward models and the truth say of it."
-    how, found = PPOConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed), {}
+    how = PPOConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
     order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["messages"]))) # neighbours in length share a batch
-    for start in range(0, len(order), cfg.batch_size):
+    def batch(start):
         places = order[start:start + cfg.batch_size]
         asked = [rows[i] for i in places]
         sampled = rollout(model, tok, asked, how, 0, range(start, start + len(asked)), purpose="rate")
         kl, linear = sequence_kl(model, reference, sampled, how), linear_reward(asked, sampled.answers, rewards)
-        for i, r, a, x, k in zip(places, asked, sampled.answers, linear.tolist(), kl.tolist()):
-            found[i] = {"id": r["id"], "kind": r["kind"], "answer": a, "reward": x, "truth": utility(r, a), "kl": k}
+        return [(i, {"id": r["id"], "kind": r["kind"], "answer": a, "reward": x, "truth": utility(r, a), "kl": k})
+                for i, r, a, x, k in zip(places, asked, sampled.answers, linear.tolist(), kl.tolist())]
+    found = dict(chain(*spread(batch, range(0, len(order), cfg.batch_size))))
     return [found[i] for i in range(len(rows))]
 
 # %% ../nbs/6_pipeline/57b_rating.ipynb #0fa280cf

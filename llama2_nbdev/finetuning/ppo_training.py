@@ -27,7 +27,8 @@ from ..model.tokenizer import Tokenizer
 from ..pretraining.data import Batch
 from ..pretraining.longrun import InterruptFlag, MetricsLog, load_checkpoint, save_checkpoint
 from ..pretraining.scaling import gathered
-from ..pretraining.training import OneProcess, Parallel, make_optimizer, set_gradients, split_rows, update
+from ..pretraining.training import Copies, OneProcess, Parallel, make_optimizer, set_gradients, split_rows, update
+
 
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #00975969
 @torch.no_grad()
@@ -263,11 +264,11 @@ def train_ppo(
     out:Path|None=None, # receives metrics.jsonl and checkpoints/; a second call resumes
     dev_rows:Sequence[dict]|None=None, # held-out prompts; None: no early stop, the last weights are kept
     truth:Callable|None=None, # (row, answer) -> true utility; reported, never trained on
-    parallel:Parallel|None=None, desc:str="ppo", # several processes, each called with its own; label of the progress bar
+    parallel:Parallel|None=None, desc:str="ppo", # how processes share the work, None: as `Copies`; label of the progress bar
 ) -> list[dict]: # the rows of metrics.jsonl, one an iteration
     "PPO (Section 3.2.3). Killed at any moment and called again it ends with the same weights: those of the best look at `dev_rows`."
-    run = PPORun(policy, reference, critic, cfg, len(rows), out, parallel or OneProcess())
-    log, hide = MetricsLog(None if run.parallel.rank else out, run.step), run.parallel.rank > 0
+    run = PPORun(policy, reference, critic, cfg, len(rows), out, parallel or Copies())
+    log, hide = MetricsLog(out, run.step, write=not run.parallel.rank), run.parallel.rank > 0
     if dev_rows and run.first_look is None: look(run, tok, dev_rows, rewards)
     with closing(log), InterruptFlag() as stop, progress(None, desc, cfg.iterations, "iteration", hide) as bar:
         bar.initial = bar.n = run.step

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..artifacts import config_hash
 from ..core import UserError, append_jsonl, progress, token_logprobs
+from ..processes import Processes, spread
 from .chat import decode_answer, encode_dialog, encode_prompt, fit_context
 from .reward import RewardModel, pad_rows, score_answers
 from ..model.generate import generate
@@ -93,17 +94,18 @@ def sample_answers(
     if len({r["id"] for r in rows}) < len(rows): raise UserError("two rows share an id and would get the same samples; give each row its own")
     room, size = model.cfg.max_seq_len - cfg.max_new_tokens, max(1, cfg.batch_size // cfg.k)
     prompts = [encode_prompt(tok, fit_context(tok, r["messages"], room)[0]) for r in rows]
-    order, answers = sorted(range(len(rows)), key=lambda i: len(prompts[i])), [[] for _ in rows]
-    log = Path(out)/"samples.jsonl" if out else None
+    order, log = sorted(range(len(rows)), key=lambda i: len(prompts[i])), Path(out)/"samples.jsonl" if out else None
     done = _open_log(log, config_hash([asdict(cfg), [r["id"] for r in rows], prompts, model.norm.weight.tolist()]))
-    with progress(desc=desc, total=len(rows) * cfg.k, unit="answer", disable=not desc) as bar:
-        for n, chunk in enumerate(order[i:i + size] for i in range(0, len(order), size)):
-            ids = [rows[i]["id"] for i in chunk]
-            drawn = done[n]["answers"] if n < len(done) else _sample_chunk(model, tok, ids, [prompts[i] for i in chunk], cfg)
-            if log and n >= len(done): append_jsonl(log, {"ids": ids, "answers": drawn})
-            for i, texts in zip(chunk, drawn): answers[i] = texts
-            bar.update(len(chunk) * cfg.k)
-    return answers
+    chunks, drawn, step = [order[i:i + size] for i in range(0, len(order), size)], [c["answers"] for c in done], Processes().world_size
+    def ids(chunk): return [rows[i]["id"] for i in chunk]
+    def sample(chunk): return _sample_chunk(model, tok, ids(chunk), [prompts[i] for i in chunk], cfg)
+    with progress(desc=desc, total=len(chunks), unit="batch", disable=not desc) as bar:
+        for n in range(len(done), len(chunks), step): # each process draws one batch
+            drawn += (fresh := spread(sample, chunks[n:n + step]))
+            for chunk, texts in zip(chunks[n:], fresh if log else []): append_jsonl(log, {"ids": ids(chunk), "answers": texts})
+            bar.update(len(fresh))
+    found = dict(zip(chain(*chunks), chain(*drawn)))
+    return [found[i] for i in range(len(rows))]
 
 # %% ../../nbs/3_finetuning/34_rejection.ipynb #3393885e
 Scorer = Callable[[Sequence[dict], Sequence[str]], Tensor] # rows and one answer to each -> (n,) rewards

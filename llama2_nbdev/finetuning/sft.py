@@ -9,6 +9,7 @@ __all__ = ['read_dialogs', 'whole_turns', 'PackedDialogs', 'pack_dialogs', 'Dial
 # %% ../../nbs/3_finetuning/31_sft.ipynb #47b86a46
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..artifacts import stage
 from ..core import UserError, iter_jsonl, pick_device, progress, row_line
+from ..processes import Processes, spread
 from .chat import Message, check_messages, decode_answer, encode_dialog, encode_prompt, fit_context
 from ..model.generate import generate
 from ..model.llama import Llama
@@ -196,11 +198,11 @@ def answer_prompts(
     encoded = [encode_prompt(tok, fit_context(tok, p, room)[0]) for p in prompts]
     answers, order = [""] * len(encoded), sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     if seed is None: seed = int(torch.randint(2**62, ()))
-    with progress(desc=desc, total=len(order), unit="answer", disable=not desc) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start:start + batch_size]
-            done = generate(model, [encoded[i] for i in chosen], max_new_tokens, temperature, top_p, stop_ids=stop,
-                            seed=seed, indices=chosen)
-            for i, completion in zip(chosen, done): answers[i] = decode_answer(tok, completion.tokens)
-            bar.update(len(chosen))
+    def answer(part):
+        done = generate(model, [encoded[i] for i in part], max_new_tokens, temperature, top_p, stop_ids=stop, seed=seed, indices=part)
+        bar.update(len(part))
+        return [decode_answer(tok, completion.tokens) for completion in done]
+    with progress(desc=desc, total=len(order) // Processes().world_size, unit="answer", disable=not desc) as bar:
+        parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        for i, text in zip(order, chain(*spread(answer, parts))): answers[i] = text
     return answers

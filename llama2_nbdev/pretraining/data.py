@@ -227,14 +227,16 @@ class Batches:
 
     def __getitem__(self, step:int) -> Batch:
         rank, world = self.part
-        return self.rows(step, self.batch_size * rank // world, self.batch_size * (rank + 1) // world)
+        first, last = self.batch_size * rank // world, self.batch_size * (rank + 1) // world
+        return self.rows(step, first, last) if last > first else {k: v[:0] for k, v in self.rows(step, 0, 1).items()}
 
     def slice(self,
         rank:int, # from 0
         world:int, # number of ranks
+        idle:bool=False, # whether a rank may have no row
     ) -> "Batches": # gives one rank's rows of each batch; ranks differ by at most one row
         "One rank's part. The parts of any world, put together, are the same global batch."
-        if world > self.batch_size: raise UserError(f"{world} ranks cannot share {self.batch_size} rows. Use a larger batch or fewer ranks.")
+        if world > self.batch_size and not idle: raise UserError(f"{world} ranks cannot share {self.batch_size} rows. Use a larger batch or fewer ranks.")
         (mine := copy(self)).part = (rank, world)
         return mine
 

@@ -103,16 +103,17 @@ class MetricsLog:
         out:Path|None, # folder; None: only in memory
         step:int, # the run goes on after this step; later rows are dropped
         tensorboard:bool=False, # also write events to out/tensorboard
+        write:bool=True, # False: read what is there, write nothing
     ):
         self.file, self.rows, self.board = out and Path(out) / "metrics.jsonl", [], None
         if self.file and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             self.rows = [row for row in map(json.loads, whole) if row["step"] <= step]
+        if not write: self.file = None
         if self.file: write_jsonl(self.file, self.rows)
         if self.file and tensorboard: self.board = _open_tensorboard(self.file.parent / "tensorboard", step)
 
-    def add(self,
-        row:dict) -> None: # numbers, with a "step"
+    def add(self, row:dict) -> None: # numbers, with a "step"
         "Append a row."
         self.rows.append(row)
         if self.file: append_jsonl(self.file, row)
