@@ -19,7 +19,7 @@ from llama2_nbdev.finetuning.reward import RewardModel
 from llama2_nbdev.finetuning.rollouts import answer_logprobs, critic_from, linear_reward, prompt_order, reward_pair, rollout
 from llama2_nbdev.model.llama import Llama, ModelConfig
 from llama2_nbdev.model.tokenizer import Tokenizer
-from llama2_nbdev.pretraining.training import set_gradients
+from llama2_nbdev.pretraining.training import Copies, set_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 close = torch.testing.assert_close
@@ -217,15 +217,7 @@ def join(rank, store):
     import torch.distributed as dist
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-    class Gloo:
-        world_size = 2
-        def all_reduce_sum(self, x):
-            dist.all_reduce(x := x.clone())
-            return x
-    parallel = Gloo()
-    parallel.rank = rank
-    return parallel
+    return Copies()
 
 
 def two_processes(what, folder, root):

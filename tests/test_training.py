@@ -21,7 +21,7 @@ from llama2_nbdev.model.weights import load
 from llama2_nbdev.pretraining import longrun
 from llama2_nbdev.pretraining.data import tokenize_corpus
 from llama2_nbdev.pretraining.longrun import Speedometer, derive_seed, load_checkpoint, save_checkpoint
-from llama2_nbdev.pretraining.training import (OneProcess, PretrainConfig, Run, TrainConfig, cosine_lr, evaluate_loss, fit, make_optimizer,
+from llama2_nbdev.pretraining.training import (Copies, PretrainConfig, Run, TrainConfig, cosine_lr, evaluate_loss, fit, make_optimizer,
                                                next_token_loss, pretrain, set_gradients, split_rows, train_step, update)
 
 SMALL = ModelConfig(16, 2, 2, 1, vocab_size=32, multiple_of=16, max_seq_len=32)
@@ -339,15 +339,8 @@ def two_ranks(rank:int, folder:str) -> None:
     import torch.distributed as dist
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    class Gloo(OneProcess):
-        world_size = 2
-        def all_reduce_sum(self, x):
-            dist.all_reduce(x := x.clone())
-            return x
-    parallel = Gloo()
-    parallel.rank = rank
     model = new_model()
-    rows = fit(model, Toy(), next_token_loss, TRAIN, Path(folder) / "run", parallel=parallel)
+    rows = fit(model, Toy(), next_token_loss, TRAIN, Path(folder) / "run", parallel=Copies())
     torch.save(dict(loss=[r["loss"] for r in rows], model=model.state_dict(), noise=torch.rand(3)), f"{folder}/{rank}.pt")
     dist.barrier(); dist.destroy_process_group()
 
