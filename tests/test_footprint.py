@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from llama2_nbdev.core import UserError
+from llama2_nbdev.model import attention
 from llama2_nbdev.model.llama import Llama, ModelConfig
 from llama2_nbdev.pretraining.footprint import GPUS, TABLE2, carbon, carbon_interval, divisors, implied_mfu, plan
 from llama2_nbdev.pretraining.memory import CHECKPOINTING, Ledger, block_bytes, memory
@@ -72,10 +74,18 @@ def bf16(cfg: ModelConfig) -> Llama:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "Attention in the precision that it is given; a CPU computes bf16 in fp32."
+    def attend(q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    monkeypatch.setattr(attention, "attend", attend)
+
+
 @pytest.mark.parametrize("how", ("none", "full"))
 @pytest.mark.parametrize("build, size", ((Llama, 4), (bf16, 2)))
 @pytest.mark.parametrize("rows, seq", ((4, 128), (8, 64)))
-def test_memory_agrees_with_allocations(build, size, how, rows, seq, one_thread):
+def test_memory_agrees_with_allocations(build, size, how, rows, seq, one_thread, as_on_a_gpu):
     kept, peak = step_bytes(build, rows, seq, how)
     m = memory(CFG, rows, seq, how, itemsize=size)
     assert (m.activations + 4 * rows * seq * CFG.vocab_size) / kept == pytest.approx(1, abs=.01)
@@ -94,7 +104,7 @@ def test_memory_of_weights_gradients_and_adamw_is_exact():
     assert m.optimizer == size(s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
 
 
-def test_memory_at_full_size_with_fake_tensors():
+def test_memory_at_full_size_with_fake_tensors(as_on_a_gpu):
     "Two layers of 7B at a context of 4096, without a gigabyte."
     cfg = replace(ModelConfig.preset("7b"), n_layers=2)
     with FakeTensorMode():
