@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['read_dialogs', 'whole_turns', 'PackedDialogs', 'pack_dialogs', 'DialogBatches', 'SFTConfig', 'train_on_dialogs',
-           'train_sft', 'answer_prompts']
+           'fine_tune_in_phases', 'train_sft', 'answer_prompts']
 
 # %% ../../nbs/3_finetuning/31_sft.ipynb #47b86a46
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -162,24 +162,34 @@ def train_on_dialogs(
     return fit(model, batches, next_token_loss, train, out=out, desc=desc)
 
 # %% ../../nbs/3_finetuning/31_sft.ipynb #2b85127a
-@stage("sft", config=SFTConfig, needs=("tokenizer", "pretrain", "data"))
-def train_sft(
+def fine_tune_in_phases(
     cfg:SFTConfig, # both phases
     out:Path, # gets the model; each phase keeps its checkpoints in a folder of its own
     inputs:dict[str,Path], # the artefacts tokenizer and pretrain, and the data folder
+    keep:Callable[[list[dict]], list[dict]]=list, # which rows of a file to train on; all
 ) -> dict: # steps and last loss of each phase
-    "Stage: fine-tune the pretrained model on public, then on curated dialogs; a killed run resumes in its phase."
+    "Fine-tune the pretrained model on public, then on curated dialogs; a killed run resumes in its phase."
     tok = Tokenizer(inputs["tokenizer"] / "tokenizer.model")
     model = load(inputs["pretrain"])[0].to(pick_device())
     summary = {}
     phases = (("public", "sft_public.jsonl", cfg.public_epochs, cfg.public_lr), ("curated", "sft.jsonl", cfg.epochs, cfg.lr))
     for i, (phase, file, epochs, lr) in enumerate(phases, 1):
         if epochs == 0: continue
-        dialogs = [row["messages"] for row in read_dialogs(inputs["data"] / file)]
+        dialogs = [row["messages"] for row in keep(read_dialogs(inputs["data"] / file))]
         history = train_on_dialogs(model, tok, dialogs, cfg, epochs, lr, out / f"{i}_{phase}", f"sft {phase}")
         summary[phase] = {"dialogs": len(dialogs), "steps": history[-1]["step"], "loss": history[-1]["loss"]}
     save(model, tok, out)
     return summary
+
+# %% ../../nbs/3_finetuning/31_sft.ipynb #sft00stage
+@stage("sft", config=SFTConfig, needs=("tokenizer", "pretrain", "data"))
+def train_sft(
+    cfg:SFTConfig, # both phases
+    out:Path, # gets the model
+    inputs:dict[str,Path], # the artefacts tokenizer and pretrain, and the data folder
+) -> dict: # steps and last loss of each phase
+    "Stage: the chat model (Section 3.1)."
+    return fine_tune_in_phases(cfg, out, inputs)
 
 # %% ../../nbs/3_finetuning/31_sft.ipynb #395e23e3
 def answer_prompts(
