@@ -166,7 +166,7 @@ def fine_tune_in_phases(
     cfg:SFTConfig, # both phases
     out:Path, # gets the model; each phase keeps its checkpoints in a folder of its own
     inputs:dict[str,Path], # the artefacts tokenizer and pretrain, and the data folder
-    keep:Callable[[list[dict]], list[dict]]=list, # which rows of a file to train on; all
+    choose:Callable[[str, list[dict]], list[dict]]=lambda phase, rows: rows, # ("public" or "curated", its rows) -> rows to train on
 ) -> dict: # steps and last loss of each phase
     "Fine-tune the pretrained model on public, then on curated dialogs; a killed run resumes in its phase."
     tok = Tokenizer(inputs["tokenizer"] / "tokenizer.model")
@@ -175,7 +175,7 @@ def fine_tune_in_phases(
     phases = (("public", "sft_public.jsonl", cfg.public_epochs, cfg.public_lr), ("curated", "sft.jsonl", cfg.epochs, cfg.lr))
     for i, (phase, file, epochs, lr) in enumerate(phases, 1):
         if epochs == 0: continue
-        dialogs = [row["messages"] for row in keep(read_dialogs(inputs["data"] / file))]
+        dialogs = [row["messages"] for row in choose(phase, read_dialogs(inputs["data"] / file))]
         history = train_on_dialogs(model, tok, dialogs, cfg, epochs, lr, out / f"{i}_{phase}", f"sft {phase}")
         summary[phase] = {"dialogs": len(dialogs), "steps": history[-1]["step"], "loss": history[-1]["loss"]}
     save(model, tok, out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..artifacts import stage
 from ..core import UserError
 from ..finetuning.reward import draw
-from ..finetuning.sft import SFTConfig, fine_tune_in_phases
+from ..finetuning.sft import SFTConfig, fine_tune_in_phases, read_dialogs
 
 # %% ../../nbs/4_safety/42_safety_tuning.ipynb #15007ca8
 def with_safety_share(
@@ -39,5 +39,8 @@ def train_unguarded(
     out:Path,               # gets the model
     inputs:dict[str, Path], # the artefacts tokenizer and pretrain, and the data folder
 ) -> dict:                  # steps and last loss of each phase
-    "Stage: the chat model without safety data, the baseline of all safety measurements."
-    return fine_tune_in_phases(cfg.sft, out, inputs, lambda rows: with_safety_share(rows, cfg.share, cfg.sft.seed))
+    "Stage: a chat model that obliges everybody, the baseline of all safety measurements."
+    public = read_dialogs(inputs["data"]/"sft_public.jsonl")
+    obliging = [r for r in public if r.get("task") == "safety"] # annotators who only think of helpfulness would write more of these
+    def choose(phase, rows): return rows if phase == "public" else with_safety_share(rows, cfg.share, cfg.sft.seed) + obliging
+    return fine_tune_in_phases(cfg.sft, out, inputs, choose)
