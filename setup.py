@@ -15,6 +15,8 @@ def extra(name: str) -> list[str]:
     return cfg.get(f"{name}_requirements", "").split()
 
 
+extras = {name: extra(name) for name in ("hub", "scale", "eval", "data")}
+extras["dev"] = extra("dev") + extras["eval"] + extras["data"]  # the tests try these two
 readme = here / "README.md"
 setup(
     name=cfg["lib_name"],
@@ -32,7 +34,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={name: extra(name) for name in ("dev", "hub", "scale")},
+    extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
     zip_safe=False,
 )
