@@ -30,10 +30,9 @@ def seed_settings(
 ) -> list[str]: # settings for `workspace`
     "Another seed for every stage from SFT on; the base model stays."
     single = [f"{stage}.seed={seed}" for stage in ("sft", "preferences", "reward", "obedience", "gatt", "rate")]
-    unguarded = [f"unguarded.sft.seed={seed}"]
     heads = [f"reward.{name}.seed={seed}" for name in ("helpfulness", "safety")]
     rounds = [f"{name}.seed={10 * seed + i}" for i, name in enumerate(VERSIONS, 1)]
-    return [*single, *unguarded, *heads, *rounds, f"ppo.ppo.seed={seed}"] if seed else []
+    return [*single, *heads, *rounds, f"unguarded.sft.seed={seed}", f"ppo.ppo.seed={seed}"] if seed else []
 
 # %% ../nbs/6_pipeline/61_reproduce.ipynb #483b2014
 def progress_over_seeds(

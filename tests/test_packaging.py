@@ -84,7 +84,7 @@ def test_wheel_declares_what_settings_declare(wheel: Path, settings: dict[str, s
     assert "llama2 = llama2_nbdev.cli:main" in scripts
     found = re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*(?:; extra == ['\"](\w+)['\"])?", text, re.M)
     assert {plain(n) for n, extra in found if not extra} == {plain(r) for r in declared(settings, "requirements")}
-    assert {extra for _, extra in found if extra} == {"dev", "hub", "scale"}
+    assert {extra for _, extra in found if extra} == {"dev", "hub", "scale", "eval", "data"}
     assert f"Requires-Python: >={settings['min_python']}" in text
 
 

@@ -104,6 +104,12 @@ def environment() -> dict:
             "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def shared_out() -> tuple[dict, int]:
+    "`environment` for one of several processes, and how many: small models use two cores better in two processes than in two threads."
+    at_once = min(4, cores())
+    return {**environment(), "OMP_NUM_THREADS": str(max(1, cores() // at_once))}, at_once
+
+
 def train(env: dict) -> tuple[bool, float | None]:
     "Make the shared artefacts. The time counts only if nothing was there before."
     print(f"  training the shared artefacts of preset {env['LLAMA2_PRESET']}, or reusing them (minutes) ...", flush=True)
@@ -127,10 +133,11 @@ def run(names: list[str], slow: bool = False) -> list[str]:
         failed.append(ARTEFACTS)
     chosen = {str(path.relative_to(ROOT / "nbs")): path for path in find()}
     chosen = {name: path for name, path in chosen.items() if not names or any(n in name for n in names)}
-    at_once = min(4, cores())  # models this small make better use of two cores in two processes than in two threads
-    env["OMP_NUM_THREADS"] = str(max(1, cores() // at_once))
+    env, at_once = shared_out()
+    known = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"] if TIMES.exists() else {}
+    longest_first = sorted(chosen.items(), key=lambda item: -known.get(item[0], LIMIT))
     with ThreadPoolExecutor(at_once) as pool:
-        jobs = {pool.submit(child, ["-c", RUN, str(path), "" if slow else "slow", str(ROOT)], env): name for name, path in chosen.items()}
+        jobs = {pool.submit(child, ["-c", RUN, str(path), "" if slow else "slow", str(ROOT)], env): name for name, path in longest_first}
         for job in as_completed(jobs):
             name, (ok, spent, text) = jobs[job], job.result()
             print(f"  {'ok  ' if ok else 'FAIL'} {spent:6.0f} s  {name}", flush=True)

@@ -34,9 +34,10 @@ def main(slow: bool) -> int:
     if not report(3, "notebooks executed", run_notebooks.run([], slow), start):
         failed.append("notebooks executed")
     print("[4/4] pytest", flush=True)
-    env = run_notebooks.environment()
+    env, at_once = run_notebooks.shared_out()
     chosen = ["-m", ""] if slow else []  # pyproject.toml leaves the slow tests out
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen], cwd=ROOT, env=env).returncode:
+    workers = ["-n", str(at_once), "--dist", "loadfile"] # a file's tests share what they prepare
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *workers, *chosen], cwd=ROOT, env=env).returncode:
         failed.append("pytest")
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
