@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['UserError', 'seed_everything', 'pick_device', 'matmul_seconds', 'pick_dtype', 'masked_mean', 'token_logprobs',
            'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'read_jsonl', 'row_line', 'write_jsonl',
-           'append_jsonl', 'progress', 'project_root']
+           'append_jsonl', 'progress', 'project_root', 'optional_package']
 
 # %% ../nbs/0_ground/00_core.ipynb #43840e27
 import json, os, random, secrets, time
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from platform import node
+from types import ModuleType
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -306,3 +308,12 @@ def project_root()->Path: # an absolute folder
     for p in (here, *here.parents):
         if (p/"settings.ini").is_file() and (p/"data_samples").is_dir(): return p
     return here
+
+# %% ../nbs/0_ground/00_core.ipynb #optpkg02
+def optional_package(
+    module:str, # name to import
+    extra:str,  # the extra of this project that brings it
+)->ModuleType:
+    "Import a package that only some chapters need; `UserError` says how to get it."
+    try: return import_module(module)
+    except ImportError as e: raise UserError(f"{module} cannot be imported ({e}): run `pip install 'llama2_nbdev[{extra}]'`") from None
