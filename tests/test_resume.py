@@ -254,4 +254,4 @@ def test_the_count(capsys):
         print(f"\nkill and resume: trials: {len(TRIALS)} ({together} on two processes), kills: {kills} ({saved} after a checkpoint), "
               f"torn checkpoints: {torn}, differences: {differences}")
     assert differences == 0
-    if {t[0] for t in TRIALS} > set(STAGES): assert len(TRIALS) >= 50 and torn > 10  # the long test
+    if {t[0] for t in TRIALS} > set(STAGES): assert len(TRIALS) >= 50 and torn > 5  # the long test
