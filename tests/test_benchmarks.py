@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import cost, gpu, measure
+from benchmarks import cost, decoding, gpu, measure, training
 from benchmarks.__main__ import main
 from benchmarks.peers import SHAPES, ours, small, theirs
 from llama2_nbdev.model.generate import OneToken  # the step that decoding measures
@@ -50,6 +50,31 @@ def test_both_sides_compute_the_same():
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(model)(ids).logits, atol=1e-5, rtol=0)
     assert OneToken(model)
+
+
+def test_both_steps_make_the_same_products():
+    "The share of a step that no program can save (22f_speed): as many products, of the same sizes."
+    pytest.importorskip("transformers")
+    model, ids = ours(small(SHAPES["tiny"])), torch.randint(256, (2, 17))
+    steps = training.our_step(model, ids, torch.float32), training.their_step(theirs(model).train(), ids[:, :-1], torch.float32)
+    for step in steps: step()
+    found = []
+    for step in steps:
+        with torch.autograd.profiler.profile(record_shapes=True) as p: step()
+        sizes = [torch.Size(s).numel() for e in p.key_averages(True) if e.key in ("aten::mm", "aten::addmm") for s in e.input_shapes[-2:] for _ in range(e.count)]
+        found.append((len(sizes) // 2, sum(sizes)))
+    assert found[0] == found[1] and found[0][0] == 3 * (7 * model.cfg.n_layers + 1)
+
+
+def test_the_c_program_is_asked_for_its_speed(tmp_path, real_data):
+    "A stand-in that says what llama2.c says; the real one is compiled by whoever has it."
+    program = tmp_path / "run"
+    program.write_text('#!/bin/sh\necho "Once upon a time"\necho "achieved tok/s: 50.0" >&2\necho "$@" > "${0}.asked"\n')
+    program.chmod(0o755)
+    one, many = decoding.llama2c(str(program), real_data / "stories260K", n=5, rounds=2)
+    assert one.seconds["llama2.c"] == [.1, .1] and many.seconds["llama2.c"] == [1.6, 1.6] and len(many.seconds["ours"]) == 2
+    assert one.rate("llama2.c") == many.rate("llama2.c") == 50.
+    assert (tmp_path / "run.asked").read_text().split()[1:] == ["-z", str(real_data / "stories260K" / "tok512.bin"), "-t", "0", "-n", "5"]
 
 
 @pytest.mark.parametrize("name", ["training", "decoding", "reward", "cost"])

@@ -268,6 +268,45 @@ def test_two_ranks_train_as_one_process(tok, tmp_path, root):  # traps 39, 40, 5
         assert "found different checkpoints" in said[0] and "PPO broke at iteration 1: the reward of the answer to prompt" in said[1] and len(said) == 2
 
 
+def sharded_ranks(rank, folder, name="shard"):
+    "Everything in two shards, or the policy's products cut in two: a whole run, and one that is stopped and resumed."
+    from llama2_nbdev.pretraining.scaling import ParallelConfig, Ranks, make_mesh, parallelize
+    join(rank, f"{folder}/store")
+    tok, cfg = Tokenizer(f"{folder}/t.model"), replace(RANKS, iterations=2, checkpoint_every=1, critic_warmup=1)
+    mesh = make_mesh(layout := ParallelConfig(tensor=2 if name == "tensor" else 1))
+    def cut(model, method): return parallelize(model, mesh, layout, (method,)) if method == "hidden" or name == "shard" else model
+
+    def start(out, stop=2):
+        policy, value = cut(llama(tok), "hidden"), cut(critic(tok), "values")
+        rows = train_ppo(policy, cut(llama(tok), "hidden"), value, tok, ROWS, like_letter_a, replace(cfg, iterations=stop), f"{folder}/{out}",
+                         dev_rows=ROWS[:3], parallel=Ranks(mesh))
+        return *({k: getattr(v, "full_tensor", lambda: v)() for k, v in m.state_dict().items()} for m in (policy, value)), untimed(rows)
+    whole = start("whole")
+    start("part", 1)
+    part = start("part")
+    if not rank: torch.save({"whole": whole, "part": part}, f"{folder}/found.pt")
+
+
+def tensor_ranks(rank, folder): sharded_ranks(rank, folder, "tensor")
+
+
+@pytest.mark.parametrize("what", ["sharded_ranks", pytest.param("tensor_ranks", marks=pytest.mark.slow)])
+def test_sharded_models_train_as_one_process_and_resume(tok, tmp_path, root, what):  # traps 55, 56
+    tok.save(tmp_path / "t.model")
+    finish(two_processes(what, tmp_path, root))
+    cfg = replace(RANKS, iterations=2, checkpoint_every=1, critic_warmup=1)
+    policy, value, history = go(tok, cfg=cfg, dev_rows=ROWS[:3])
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for one, whole, part in zip((policy, value), found["whole"], found["part"]):
+        for k, w in one.state_dict().items():
+            assert torch.equal(whole[k], part[k]), f"{k}: stopped and resumed"
+            close(whole[k], w, atol=CLOSE, rtol=0)
+    assert found["whole"][2] == found["part"][2] == untimed(read_jsonl(tmp_path / "whole" / "metrics.jsonl")), "one process writes"
+    for a, b in zip(found["whole"][2], untimed(history), strict=True): assert a == pytest.approx(b, abs=1e-4)
+    longer = go(tok, tmp_path / "part", replace(cfg, iterations=3), dev_rows=ROWS[:3])[2]  # one process goes on
+    assert [r["step"] for r in longer] == [1, 2, 3]
+
+
 @pytest.mark.slow
 def test_two_ranks_that_were_killed_end_with_the_same_bits(tok, tmp_path, root):  # trap 55
     tok.save(tmp_path / "t.model")

@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,18 @@ import pytest
 import torch
 from test_pipeline import QUICK, small_data  # noqa: F401 (a fixture)
 
+from llama2_nbdev.artifacts import needed_order
 from llama2_nbdev.core import read_json, read_jsonl
 from llama2_nbdev.model.llama import Llama, ModelConfig
 from llama2_nbdev.pipeline import workspace
 from llama2_nbdev.pretraining.longrun import sha256
+from llama2_nbdev.pretraining.scaling import distributed
 from llama2_nbdev.pretraining.training import TrainConfig, fit, next_token_loss
 
 STEPS = 60
+TRIALS = []  # of this session: (what, processes, kills, kills after a checkpoint, torn checkpoints, whether something differed)
+FORKS = multiprocessing.get_context("forkserver")  # imports torch once; a child is ready in milliseconds
+FORKS.set_forkserver_preload(["llama2_nbdev.pipeline"])
 
 class Toy:
     "Rows that depend on the step alone."
@@ -43,22 +50,31 @@ def train(out:Path, pause:float=0.) -> Llama:
     fit(model, Toy(), noisy_loss, cfg, out, on_step=lambda step, row: time.sleep(pause))
     return model
 
-def start(out:Path) -> subprocess.Popen:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume as t; t.train(t.Path(sys.argv[1]), .02)"
-    return subprocess.Popen([sys.executable, "-c", code, str(out)], stderr=subprocess.PIPE, text=True)
+def train_aloud(out:Path) -> None:
+    "What a child process does; what Ctrl-C made it say is kept."
+    try: train(out, .02)
+    except KeyboardInterrupt as e: (out / "said").write_text(str(e))
 
 def rows(out:Path) -> int:
     file = out / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
-def kill_at(out:Path, step:int, how:signal.Signals, rng:random.Random) -> tuple[int, str]:
-    "Start the run, send a signal soon after `step`, return the exit code and what it said."
-    run, deadline = start(out), time.time() + 60
-    while run.poll() is None and rows(out) < step and time.time() < deadline: time.sleep(.002)
+def kill_at(out:Path, step:int, how:signal.Signals, rng:random.Random) -> int:
+    "Start the run, send a signal soon after `step`, return the exit code."
+    run, deadline = FORKS.Process(target=train_aloud, args=(out,)), time.time() + 60
+    run.start()
+    while run.exitcode is None and rows(out) < step and time.time() < deadline: time.sleep(.002)
     time.sleep(.03 * rng.random())
-    run.send_signal(how)
-    error = run.communicate(timeout=60)[1]
-    return run.returncode, error
+    os.kill(run.pid, how)
+    run.join(60)
+    return run.exitcode
+
+def tear(folder:Path) -> int:
+    "Cut the newest checkpoint of each run under a folder that has an older one, as a power cut may do; returns how many."
+    runs = {f.parent for f in folder.rglob("step-*.pt")}
+    newest = [sorted(run.glob("step-*.json"))[-1].with_suffix(".pt") for run in runs if len(list(run.glob("step-*.json"))) > 1]
+    for file in newest: file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    return len(newest)
 
 def check(out:Path, reference:Path) -> None:
     "Same weights, same averages, same log, no step twice or missing."
@@ -71,20 +87,21 @@ def check(out:Path, reference:Path) -> None:
     assert [(r["loss"], r["lr"], r["grad_norm"]) for r in log] == [(r["loss"], r["lr"], r["grad_norm"]) for r in wanted]
 
 def rounds(tmp_path:Path, kills:int, seed:int) -> None:
-    rng, threads = random.Random(seed), torch.get_num_threads()
+    rng, threads, torn = random.Random(seed), torch.get_num_threads(), 0
     try: train(tmp_path / "whole")
     finally: torch.set_num_threads(threads)
     out, codes = tmp_path / "killed", []
     for i, step in enumerate(sorted(rng.sample(range(2, STEPS - 5), kills))):
-        how = signal.SIGINT if i == 1 else signal.SIGKILL
-        code, error = kill_at(out, step, how, rng)
-        codes.append(code)
-        if how == signal.SIGINT: assert "run the same again to go on" in error, error
-    assert codes.count(-signal.SIGKILL) >= 1 and 0 not in codes, f"the runs ended before they were killed: {codes}"
-    last = start(out)
-    assert last.wait(timeout=60) == 0, last.stderr.read()
-    last.stderr.close()
+        codes.append(kill_at(out, step, signal.SIGINT if i == 1 else signal.SIGKILL, rng))
+        if i == kills - 1: torn = tear(out)
+    assert codes.count(-signal.SIGKILL) == kills - 1, f"the runs ended before they were killed: {codes}"
+    assert "run the same again to go on" in (out / "said").read_text()
+    last = FORKS.Process(target=train, args=(out,))
+    last.start(), last.join(60)
+    assert last.exitcode == 0
+    TRIALS.append(trial := ["a toy run", 1, kills - 1, kills - 1, torn, True])
     check(out, tmp_path / "whole")
+    trial[-1] = False
 
 def test_killed_runs_end_with_the_same_weights(tmp_path): rounds(tmp_path, kills=3, seed=0)
 
@@ -107,32 +124,45 @@ def test_the_check_sees_a_difference(tmp_path):
 
 # ---- every stage of the pipeline
 
-STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "obedience", "gatt", "v4", "v5", "ppo", "rate")
-QUICKLY = ("pretrain", "sft", "preferences", "reward", "v1", "v2", "obedience", "gatt", "ppo", "rate")  # once each; the others only in the long test
-OFTEN = [f"{k}.checkpoint_every=3" for k in ("pretrain.train", "sft.train", "reward.helpfulness.train", "reward.safety.train",
+TRAINED = ("pretrain", "sft", "unguarded", "reward", "v1", "v2", "v3", "obedience", "v4", "v5", "ppo")  # also on two processes
+STAGES = ("tokenizer", "shards", "preferences", "gatt", "rate", "evaluate", *TRAINED)
+QUICKLY = (("pretrain", 1), ("sft", 1), ("reward", 1), ("sft", 2))  # with the toy run five trials; the others only in the long test
+OFTEN = [f"{k}.checkpoint_every=3" for k in ("pretrain.train", "sft.train", "unguarded.sft.train", "reward.helpfulness.train", "reward.safety.train",
                                              "obedience.short.train", "obedience.long.train", "v2.helpfulness.train", "v2.safety.train")]
-SETTINGS = (*QUICK, *OFTEN, "ppo.ppo.checkpoint_every=1", "ppo.ppo.iterations=5", "ppo.ppo.dev_every=2", "ppo.ppo.critic_warmup=1")
+SETTINGS = (*QUICK, *OFTEN, "unguarded.sft.public_epochs=0", "unguarded.sft.epochs=1", "ppo.ppo.checkpoint_every=1", "ppo.ppo.iterations=5",
+            "ppo.ppo.dev_every=2", "ppo.ppo.critic_warmup=1")
 TIMES = {"seconds", "generating", "tokens_per_s", "mfu"}
-FORKS = multiprocessing.get_context("forkserver")  # imports torch once; a child is ready in milliseconds
-FORKS.set_forkserver_preload(["llama2_nbdev.pipeline"])
 
-def make(stage:str, data:Path, root:Path) -> None:
-    "What a child process does."
+def make(stage:str, data:Path, root:Path, rank:int, world:int, port:int) -> None:
+    "What a child process does: alone, or as one of several that `torchrun` would start."
     os.setsid()
     torch.set_num_threads(1)
-    workspace("nano", data, root, SETTINGS).get(stage)
+    warnings.filterwarnings("ignore", "checkpoint .* is damaged")
+    os.environ |= dict(LLAMA2_DTYPE="float32", LLAMA2_DEVICE="cpu")  # a probe might choose differently the next time
+    if world > 1: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with distributed(minutes=2) if world > 1 else nullcontext(): workspace("nano", data, root, SETTINGS).get(stage)
 
-def killed(stage:str, data:Path, root:Path, after:float) -> bool:
-    "Make a stage in another process and kill its whole group after some seconds; False: it was done before."
-    child = FORKS.Process(target=make, args=(stage, data, root))
-    child.start()
-    child.join(after)
-    if child.exitcode is None:
-        try: os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError: child.kill()  # it had no group of its own yet
-        child.join(60)
-    assert child.exitcode in (0, -signal.SIGKILL), f"{stage} failed; the error stands above"
-    return child.exitcode != 0
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+def killed(stage:str, data:Path, root:Path, world:int, when) -> bool:
+    "Make a stage in other processes and kill them one after the other as soon as `when()` says so; False: it was done before."
+    port = free_port()
+    children = [FORKS.Process(target=make, args=(stage, data, root, rank, world, port)) for rank in range(world)]
+    for child in children: child.start()
+    while all(c.exitcode is None for c in children) and not when(): children[0].join(.005)
+    if early := [c for c in children if c.exitcode is None and when()]:
+        random.shuffle(early)
+        for child in early:
+            try: os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError: child.kill()  # it had no group of its own yet
+            child.join(.02)
+    for child in children: child.join(60)
+    codes = [c.exitcode for c in children]
+    assert -signal.SIGKILL in codes or not any(codes), f"{stage} failed with {codes}; the error stands above"
+    return any(codes)
 
 def timeless(value):
     "A JSON value without what a clock says."
@@ -145,40 +175,83 @@ def content(folder:Path) -> dict:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "done" and "checkpoints" not in p.parts]
     return {p.relative_to(folder).as_posix(): timeless(read[p.suffix](p)) if p.suffix in read else sha256(p) for p in files}
 
+def progress(folder:Path) -> int:
+    "Lines of all logs of a stage so far."
+    return sum(f.read_bytes().count(b"\n") for f in folder.rglob("metrics.jsonl"))
+
+@dataclass
+class Undisturbed:
+    "Stages that nobody killed, made when they are asked for, each in processes of its own."
+    data:Path
+    root:Path  # of those of one process
+    seconds:dict[str, float] = field(default_factory=dict)
+
+    def folder(self, stage:str) -> Path:
+        for name in needed_order(stage, ["data"]):
+            if name in self.seconds or name == "data": continue
+            began = time.monotonic()
+            assert not killed(name, self.data, self.root, 1, lambda: False)
+            self.seconds[name] = time.monotonic() - began
+        return next(self.root.glob(f"nano/{stage}-*"))
+
+    def beside(self, stage:str, root:Path) -> Path:
+        "Another root in which all that a stage needs is there; returns where the stage will be."
+        mine = self.folder(stage)
+        (root / "nano").mkdir(parents=True)
+        for other in self.root.glob("nano/*-*"):
+            if other != mine: (root / "nano" / other.name).symlink_to(other)
+        return root / "nano" / mine.name
+
 @pytest.fixture(scope="module")
 def whole(small_data, tmp_path_factory):  # noqa: F811
-    "All stages, undisturbed, each in a process of its own: (data, root, seconds of each)."
-    root, seconds = tmp_path_factory.mktemp("whole"), {}
-    for stage in STAGES:
-        began = time.monotonic()
-        assert not killed(stage, small_data, root, 600)
-        seconds[stage] = time.monotonic() - began
-    return small_data, root, seconds
+    return Undisturbed(small_data, tmp_path_factory.mktemp("whole"))
 
-def kill_stage(stage:str, whole:tuple, root:Path, kills:int, earliest:float=.1) -> None:
-    "Kill a stage so many times, each time somewhere in what is left of it; what it needs is the undisturbed run's."
-    (data, origin, seconds), rng = whole, random.Random(f"{stage} {kills}")
-    wanted = next(origin.glob(f"nano/{stage}-*"))
-    (root / "nano").mkdir()
-    for other in origin.glob("nano/*-*"):
-        if other != wanted: (root / "nano" / other.name).symlink_to(other)
-    out = root / "nano" / wanted.name
-    left, with_checkpoint = kills, 0
-    while left:
-        if not killed(stage, data, root, rng.uniform(earliest, .95) * seconds[stage]):  # not much was left to do
-            assert content(out) == content(wanted)
+def moment(out:Path, rng:random.Random, seconds:float, lines:int):
+    "A random moment in a stage: after some time, or after some lines of its logs and a little more."
+    at, line, pause = time.monotonic() + rng.uniform(.05, .95) * seconds, rng.randint(1, max(1, lines - 1)), rng.uniform(0, .05)
+    if rng.random() < .3 or not lines: return lambda: time.monotonic() > at
+    return lambda: progress(out) >= line and (time.sleep(pause) or True)
+
+def trial(stage:str, world:int, whole:Undisturbed, wanted:Path, root:Path, kills:int, seed:int) -> None:
+    "Kill a stage so many times, tear a checkpoint once, and compare what it leaves in the end with the undisturbed one."
+    rng, out, done, saved, torn = random.Random(f"{stage} {world} {seed}"), whole.beside(stage, root), 0, 0, 0
+    lines, tries = progress(wanted), 0
+    while done < kills and (tries := tries + 1) < 20:
+        began = time.monotonic()
+        if not killed(stage, whole.data, root, world, moment(out, rng, whole.seconds[stage], lines)):
+            whole.seconds[stage] = time.monotonic() - began  # faster than the first time
             shutil.rmtree(out)
         elif out.is_dir():
-            left, with_checkpoint = left - 1, with_checkpoint + any(out.rglob("step-*.json"))
-    assert not killed(stage, data, root, 300)
-    assert content(out) == content(wanted)
-    print(f"{stage}: {kills} kills, {with_checkpoint} of them after a checkpoint, no difference")
+            done, saved = done + 1, saved + any(out.rglob("step-*.json"))
+            if not torn: torn = tear(out)
+    assert done == kills and not killed(stage, whole.data, root, world, lambda: False)
+    TRIALS.append([stage, world, done, saved, torn, differs := content(out) != content(wanted)])
+    assert not differs
 
-@pytest.mark.parametrize("stage", QUICKLY)
-def test_a_killed_stage_ends_with_the_same_bits(whole, tmp_path, stage):  # traps 29, 55
-    kill_stage(stage, whole, tmp_path, 1, .5)
+def trials(stage:str, world:int, whole:Undisturbed, tmp_path:Path, n:int, kills:int) -> None:
+    wanted = whole.folder(stage)
+    if world > 1:
+        wanted = whole.beside(stage, tmp_path / "together")
+        assert not killed(stage, whole.data, tmp_path / "together", world, lambda: False)
+    for seed in range(n): trial(stage, world, whole, wanted, tmp_path / f"killed {seed}", kills, seed)
+
+@pytest.mark.parametrize("stage, world", QUICKLY)
+def test_a_killed_stage_ends_with_the_same_bits(whole, tmp_path, stage, world): trials(stage, world, whole, tmp_path, 1, 1)  # traps 29, 55
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_many_kills_of_a_stage(whole, tmp_path, stage):  # traps 29, 55
-    kill_stage(stage, whole, tmp_path, 8)
+def test_many_kills_of_a_stage(whole, tmp_path, stage): trials(stage, 1, whole, tmp_path, 2, 3)  # traps 29, 55
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINED)
+def test_many_kills_of_a_stage_on_two_processes(whole, tmp_path, stage): trials(stage, 2, whole, tmp_path, 2, 2)  # traps 29, 55
+
+def test_the_count(capsys):
+    "The last line of this file: what was tried."
+    kills, saved, torn, differences = (sum(t[i] for t in TRIALS) for i in (2, 3, 4, 5))
+    together = sum(t[1] > 1 for t in TRIALS)
+    with capsys.disabled():
+        print(f"\nkill and resume: trials: {len(TRIALS)} ({together} on two processes), kills: {kills} ({saved} after a checkpoint), "
+              f"torn checkpoints: {torn}, differences: {differences}")
+    assert differences == 0
+    if {t[0] for t in TRIALS} > set(STAGES): assert len(TRIALS) >= 50 and torn > 5  # the long test

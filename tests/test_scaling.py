@@ -89,6 +89,14 @@ def default_mean(folder, world):
             if isinstance(m, FSDPModule): m.set_gradient_divide_factor(float(world))
     return [r["grad_norm"] for r in trained(ParallelConfig(), 2, change)[1]]
 
+def uneven(folder, world):
+    "Five rows and three, two at a time."
+    class Uneven(Toy):
+        def slice(self, rank, world): return Toy([slice(5), slice(5, 8)][rank])
+    mesh = make_mesh(layout := ParallelConfig())
+    try: fit(parallelize(new_model(), mesh, layout), Uneven(), next_token_loss, replace(TRAIN, micro_batch=2), parallel=Ranks(mesh))
+    except UserError as e: return str(e)
+
 def bf16(folder, world):
     model, rows = trained(ParallelConfig(dtype="bfloat16", tensor=world // 2), 5, cfg=replace(TRAIN, dtype="bfloat16"))
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -203,7 +211,7 @@ def done(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("ranks")
     model = new_model()
     save(model, None, folder / "own"); save_hf(model, None, folder / "hf", max_shard_bytes=20_000); save_meta(model, None, folder / "meta", n_shards=2)
-    two = on_ranks(2, folder, "losses", "default_mean", "sampling", "other_methods", "begin")
+    two = on_ranks(2, folder, "losses", "default_mean", "uneven", "sampling", "other_methods", "begin")
     return {"folder": folder, 2: two, 4: on_ranks(4, folder, "losses", "bf16", "sampling", "go_on", "slices")}
 
 @pytest.fixture(scope="module")
@@ -231,6 +239,9 @@ def test_the_world_of_one_changes_nothing(alone, plain):
 
 def test_the_default_mean_would_be_seen(done, plain):  # trap 18: the planted bug
     assert done[2]["default_mean"][0] == pytest.approx(plain[1][0]["grad_norm"] / 2, rel=1e-4)
+
+def test_uneven_micro_batches_are_refused_before_anybody_waits(done):
+    assert "would make [3, 2] forward passes" in done[2]["uneven"]
 
 def test_bf16_follows_fp32(done):  # two by two
     rows = fit(new_model(), Toy(), next_token_loss, replace(TRAIN, steps=5))

@@ -149,9 +149,8 @@ def squares(model, batch):
 
 
 def test_more_processes_than_rows():
-    parts = [Three().slice(r, 5, idle=True)[0]["x"] for r in range(5)]
+    parts = [Three().slice(r, 5)[0]["x"] for r in range(5)]
     assert torch.equal(torch.cat(parts), Three()[0]["x"]) and min(map(len, parts)) == 0
-    with pytest.raises(UserError, match="5 ranks cannot share 3 rows"): Three().slice(0, 5)
     model = torch.nn.Linear(1, 1)
     loss, n = set_gradients(model, {"x": torch.zeros(0, 1)}, squares)
     assert (loss, n) == (0, 0) and not any(p.grad.any() for p in model.parameters())

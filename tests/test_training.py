@@ -42,7 +42,7 @@ class Toy:
         counts = torch.tensor([12, 1, 5, 0, 9, 2]).roll(step)
         batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=torch.arange(12) < counts[:, None])
         return {k: v[self.part] for k, v in batch.items()}
-    def slice(self, rank, world, idle=False): return Toy(slice(6 * rank // world, 6 * (rank + 1) // world))
+    def slice(self, rank, world): return Toy(slice(6 * rank // world, 6 * (rank + 1) // world))
 
 def trained(out=None, cfg=TRAIN, batches=None, loss_fn=next_token_loss, **kw):
     model = new_model()

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from ..core import UserError, progress
 from .ppo import (PAPER_BETA, PPOConfig, clipped_policy_loss, clipped_value_loss, gae, kl_estimate,
@@ -27,6 +29,7 @@ from ..model.tokenizer import Tokenizer
 from ..pretraining.data import Batch
 from ..pretraining.longrun import InterruptFlag, MetricsLog, load_checkpoint, save_checkpoint
 from ..pretraining.scaling import gathered
+from ..pretraining.sharded import local_slices
 from ..pretraining.training import Copies, OneProcess, Parallel, make_optimizer, set_gradients, split_rows, update
 
 
@@ -98,7 +101,7 @@ class PPORun:
         cfg:PPOConfig, # the settings
         n_prompts:int, # how many; must stay the same when the run goes on
         out:Path|None, # receives checkpoints/; None: nothing is written
-        parallel:Parallel=OneProcess(), # other processes; all begin with the weights of rank 0
+        parallel:Parallel=OneProcess(), # other processes; weights that are not sharded begin as those of rank 0
     ):
         _check_apart(policy, reference, critic)
         if cfg.mini_batch % parallel.world_size: raise UserError(f"mini_batch {cfg.mini_batch} cannot be shared by {parallel.world_size} processes; choose a multiple")
@@ -136,27 +139,56 @@ def _share(self:PPORun) -> None:
     if self.parallel.all_reduce_sum((from_rank_0(here) != here).double()) > 0:
         raise UserError(f"the processes found different checkpoints, this one step {self.step}; let all of them see the same folder {self.folder}")
     for model in (self.reference, *self.models.values()):
-        for weight in model.state_dict().values(): weight.copy_(from_rank_0(weight))
+        for weight in model.state_dict().values():
+            if not isinstance(weight, DTensor): weight.copy_(from_rank_0(weight)) # a sharded one is one model already
 
 PPORun.share = _share
 
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #420930zz
 def _save(self:PPORun) -> None:
-    "Write a checkpoint (rank 0)."
-    if self.folder is None or self.parallel.rank: return
-    state = {"models": {k: m.state_dict() for k, m in self.models.items()}, "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-    save_checkpoint(self.folder, self.step, state | {k: getattr(self, k) for k in ("step", "first_look", "best", "waited")}, self.settings())
+    "Write a checkpoint. All processes gather what is sharded, the leader writes."
+    if self.folder is None: return
+    learnt = {name: {k: x.state_dict() for k, x in part.items()} for name, part in (("models", self.models), ("optimizers", self.optimizers))}
+    state = self.whole(learnt | {k: getattr(self, k) for k in ("step", "first_look", "best", "waited")})
+    if self.parallel.leader: save_checkpoint(self.folder, self.step, state, self.settings())
 
 def _restore(self:PPORun,
     state:dict|None, # as written by `save`; None: begin
 ) -> None:
-    "Put everything back."
+    "Put everything back, of sharded weights this process's part."
     if state is None: return
-    for k, model in self.models.items(): model.load_state_dict(state["models"][k])
-    for k, optimizer in self.optimizers.items(): optimizer.load_state_dict(state["optimizers"][k])
+    for k, model in self.models.items():
+        weights, optimizer, of = model.state_dict(), self.optimizers[k], state["optimizers"][k]
+        model.load_state_dict({name: _part(w, weights[name]) for name, w in state["models"][k].items()})
+        like = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.load_state_dict(of | {"state": {i: {n: _part(x, like[i]) for n, x in s.items()} for i, s in of["state"].items()}})
     for k in ("step", "first_look", "best", "waited"): setattr(self, k, state[k])
+    here = self.models["policy"].state_dict()
+    if self.best: self.best = self.best | {"weights": {k: _part(w, here[k]) for k, w in self.best["weights"].items()}}
 
 PPORun.save, PPORun.restore = _save, _restore
+
+# %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #35bshcd1
+def _whole(self:PPORun,
+    state:dict, # of models and optimisers; perhaps sharded
+) -> dict: # the same with whole tensors, in the leader; in others without the sharded ones
+    "Bring sharded tensors together, one at a time. All processes must call it."
+    def gather(x):
+        if not isinstance(x, DTensor): return x
+        whole = x.full_tensor() # a message to all
+        return whole.cpu() if self.parallel.leader else None
+    return tree_map(gather, state)
+
+def _part(
+    x:Tensor, # whole
+    like:Tensor, # a weight; perhaps sharded
+) -> Tensor:
+    "What this process holds of a tensor that is sharded as a weight is; numbers that every process needs stay as they are."
+    if not isinstance(like, DTensor) or x.shape != like.shape: return x
+    mine = x[local_slices(like)].to(like.device)
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+PPORun.whole = _whole
 
 # %% ../../nbs/3_finetuning/35b_ppo_training.ipynb #35bcheck
 def _numbers(run:PPORun, places:list[int], linear:Tensor, minis:list[Batch]) -> dict[str, Tensor]: # (b,) each
@@ -238,9 +270,10 @@ def look(
     "Equation 4 on held-out prompts; the weights of a new best are remembered (the paper does not say what it looks at)."
     cfg, policy = run.cfg, run.models["policy"]
     places, numbers = list(range(len(rows))[run.parallel.rank::run.parallel.world_size]), torch.zeros(3, len(rows))
-    if mine := [rows[i] for i in places]:
-        r = rollout(policy, tok, mine, cfg, 0, places, "held out")
-        numbers[:, places] = torch.stack([linear_reward(mine, r.answers, rewards, cfg.threshold), sequence_kl(policy, run.reference, r, cfg), r.truncated.float()])
+    with gathered(policy) as plain, gathered(run.reference) as ref: # once; the processes may have unequally many prompts
+        if mine := [rows[i] for i in places]:
+            r = rollout(plain, tok, mine, cfg, 0, places, "held out")
+            numbers[:, places] = torch.stack([linear_reward(mine, r.answers, rewards, cfg.threshold), sequence_kl(plain, ref, r, cfg), r.truncated.float()])
     linear, kl, truncated = run.parallel.all_reduce_sum(numbers.to(next(policy.parameters()).device)).cpu()
     _check_finite(run, rows, {"reward": linear, "KL": kl})
     if run.first_look is None: run.first_look = {"mean": linear.mean().item(), "std": max(1e-6, linear.std().item())}
@@ -248,7 +281,7 @@ def look(
     objective = (scores - cfg.beta * kl).mean().item()
     run.waited += 1
     if run.best is None or objective > run.best["objective"]:
-        weights = {k: v.detach().cpu().clone() for k, v in policy.state_dict().items()}
+        weights = {k: v.detach().clone() if isinstance(v, DTensor) else v.detach().cpu().clone() for k, v in policy.state_dict().items()}
         run.best, run.waited = {"step": run.step, "objective": objective, "weights": weights}, 0
     return {"dev_reward": linear.sigmoid().mean().item(), "dev_kl": kl.mean().item(), "dev_objective": objective}
 
@@ -268,7 +301,7 @@ def train_ppo(
 ) -> list[dict]: # the rows of metrics.jsonl, one an iteration
     "PPO (Section 3.2.3). Killed at any moment and called again it ends with the same weights: those of the best look at `dev_rows`."
     run = PPORun(policy, reference, critic, cfg, len(rows), out, parallel or Copies())
-    log, hide = MetricsLog(out, run.step, write=not run.parallel.rank), run.parallel.rank > 0
+    log, hide = MetricsLog(out, run.step, write=run.parallel.leader), not run.parallel.leader
     if dev_rows and run.first_look is None: look(run, tok, dev_rows, rewards)
     with closing(log), InterruptFlag() as stop, progress(None, desc, cfg.iterations, "iteration", hide) as bar:
         bar.initial = bar.n = run.step

@@ -233,10 +233,8 @@ class Batches:
     def slice(self,
         rank:int, # from 0
         world:int, # number of ranks
-        idle:bool=False, # whether a rank may have no row
-    ) -> "Batches": # gives one rank's rows of each batch; ranks differ by at most one row
+    ) -> "Batches": # gives one rank's rows of each batch; ranks differ by at most one row, and of many some have none
         "One rank's part. The parts of any world, put together, are the same global batch."
-        if world > self.batch_size and not idle: raise UserError(f"{world} ranks cannot share {self.batch_size} rows. Use a larger batch or fewer ranks.")
         (mine := copy(self)).part = (rank, world)
         return mine
 

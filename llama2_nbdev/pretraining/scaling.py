@@ -165,6 +165,20 @@ class Ranks(OneProcess):
     def restore(self, run:Run) -> None:
         "Nothing to restore from."
 
+# %% ../../nbs/2_pretraining/22_scaling.ipynb #a2c0lock
+def _lockstep(self:Ranks,
+    parts:list, # what this process will pass through the model in one step
+) -> list:
+    "The parts; `UserError` in all processes where not all have equally many."
+    (mine := torch.zeros(self.world_size))[self.rank] = len(parts)
+    passes = self.all_reduce_sum(mine).int().tolist()
+    if len(set(passes)) > 1:
+        raise UserError(f"the processes of this sharded model would make {passes} forward passes in one step, and the first to end would keep the "
+                        "others waiting: all need equally many. Change batch_size, micro_batch or the number of processes.")
+    return parts
+
+Ranks.lockstep = _lockstep
+
 # %% ../../nbs/2_pretraining/22_scaling.ipynb #a15f071f
 def torchrun(
     script:Path, # a Python file

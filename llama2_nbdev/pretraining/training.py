@@ -34,8 +34,7 @@ def next_token_loss(
     batch:Batch, # see `PretrainBatches`
 ) -> tuple[Tensor, Tensor]: # (sum of the losses in nats, number of trained targets)
     "Cross-entropy of the trained targets, as a sum: only the whole batch, on all ranks, knows what to divide by."
-    extra = {k: batch[k] for k in ("positions", "doc_ids") if k in batch}
-    logits = model(batch["tokens"], **extra)
+    logits = model(batch["tokens"], **{k: batch[k] for k in ("positions", "doc_ids") if k in batch})
     targets = batch["targets"].masked_fill(~batch["mask"], -100)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"), batch["mask"].sum()
 
@@ -55,6 +54,7 @@ class Parallel(Protocol):
     tensor:int # processes that work on one part together
     leader:bool # this process writes the log
     def all_reduce_sum(self, x:Tensor) -> Tensor: "The sum of x over all parts, the same on each process."
+    def lockstep(self, parts:list) -> list: "The parts; an error where processes that must make equally many forward passes would not."
     def save(self, run:"Run", wait:bool) -> None: "Write a checkpoint; with `wait` it is on the disk when this returns."
     def restore(self, run:"Run") -> None: "Put back the newest whole checkpoint in `run.folder`, if there is one."
 
@@ -63,6 +63,7 @@ class OneProcess:
     rank, world_size, tensor = 0, 1, 1
     leader = property(lambda self: self.rank == 0)
     def all_reduce_sum(self, x:Tensor) -> Tensor: "x itself."; return x
+    def lockstep(self, parts:list) -> list: "The parts, however many others make."; return parts
     def save(self, run:"Run", wait:bool) -> None:
         "All in one file, by the leader."
         if self.leader: save_checkpoint(run.folder, run.step, run.state(), run.settings(), run.cfg.keep)
@@ -82,7 +83,7 @@ def set_gradients(
     weights = [p for p in model.parameters() if p.requires_grad]
     sums = [torch.zeros(2, device=(device := weights[0].device))]
     for p in weights: p.grad = None
-    for part in split_rows(batch, micro_batch):
+    for part in parallel.lockstep(list(split_rows(batch, micro_batch))):
         part = {k: v.to(device) for k, v in part.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16): loss, n = loss_fn(model, part)
         loss.backward()
@@ -251,7 +252,7 @@ def fit(
 ) -> list[dict]: # the rows of metrics.jsonl
     "The one training loop of this project. Killed at any moment and called again, it ends with the same weights."
     run = Run(model, cfg, out, resume, p := parallel or Copies())
-    if p.world_size > 1: batches = batches.slice(p.rank, p.world_size, *[True] * isinstance(p, Copies)) # a copy may be idle
+    if p.world_size > 1: batches = batches.slice(p.rank, p.world_size)
     monitor = _Monitor(run, out, desc)
     with closing(monitor.log), InterruptFlag() as stop, monitor.bar:
         while run.step < cfg.steps:
@@ -322,8 +323,7 @@ def pretrain(
     batches = PretrainBatches(data, cfg.weights, seed=derive_seed(cfg.train.seed, "data"), **shape)
     valid = PretrainBatches(data, cfg.weights, split="valid", **shape) if data.n_tokens("valid") else None
     def validate(step:int, row:dict) -> dict|None:
-        if valid and (step % cfg.eval_every == 0 or step == cfg.train.steps):
-            return dict(valid_loss=evaluate_loss(model, valid, cfg.eval_batches))
+        if valid and (step % cfg.eval_every == 0 or step == cfg.train.steps): return dict(valid_loss=evaluate_loss(model, valid, cfg.eval_batches))
     last = fit(model, batches, next_token_loss, cfg.train, out, on_step=validate, desc="pretrain")[-1]
     save(model, tok, out)
     return dict(params=model.cfg.n_params(), tokens=cfg.train.steps * cfg.batch_size * cfg.seq_len,
