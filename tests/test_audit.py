@@ -145,7 +145,7 @@ def test_errors_name_file_and_line(tmp_path: Path):
     with pytest.raises(UserError, match=r"corpus\.jsonl:3"): audit(file, AuditConfig(), calm, english)
     with pytest.raises(UserError, match="does not exist"): audit(tmp_path / "none.jsonl", AuditConfig(), calm, english)
     with pytest.raises(UserError, match="row 1 has no text"): audit([{"text": "a"}, {}], AuditConfig(), calm, english)
-    with pytest.raises(UserError, match="nothing_here.*pip install"): module.optional_package("nothing_here", "data")
+    with pytest.raises(UserError, match=r"nothing_here.*pip install .llama2_nbdev\[data\]"): module.optional_package("nothing_here", "llama2_nbdev[data]")
 
 
 def test_offline_tools_and_stage(tmp_path: Path):
@@ -181,3 +181,12 @@ def test_hugging_face_classifier(tmp_path: Path):
 
 def test_words_separate_at_punctuation():
     assert words("She's non-binary_too, US!") == ["she", "s", "non", "binary", "too"]
+
+
+def test_shakespeare(real_data: Path):
+    pytest.importorskip("profanity_check"), pytest.importorskip("py3langid")
+    speeches = (real_data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8").split("\n\n")
+    found = audit(({"text": s} for s in speeches), AuditConfig(sample=.05))
+    gender, person = found["terms"]["gender"]["terms"], found["terms"]["person"]["terms"]
+    assert gender["he"] > 2 * gender["she"] and person["1st"] > .5
+    assert max(found["languages"], key=found["languages"].get) == "en"

@@ -129,24 +129,24 @@ def load_holistic_bias(
     entries = {name: [d for bucket in data[a].values() for d in bucket] for a, name in axes.items()}
     return {name: tuple(d["descriptor"] if isinstance(d, dict) else d for d in some) for name, some in entries.items()}
 
-# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #72b6e405
+# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #d8c2fd40
 Classifier = Callable[[Sequence[str]], Sequence[float]]     # lines -> probability that each is toxic
 
 def optional_package(
     module:str,     # name to import
-    extra:str,      # the extra of this package that brings it
+    install:str,    # what brings it, for pip: a package, or an extra of this one
 ) -> ModuleType:
     "Import a package that only some users need; `UserError` says how to get it."
     try: return import_module(module)
     except ImportError as e:
-        raise UserError(f"{module} cannot be imported ({e}): run `pip install 'llama2_nbdev[{extra}]'`") from None
+        raise UserError(f"{module} cannot be imported ({e}): run `pip install '{install}'`") from None
 
 def offline_classifier() -> Classifier:
     "A linear model on words that ships with alt-profanity-check: quick, coarse, no download."
-    predict = optional_package("profanity_check", "data").predict_prob
+    predict = optional_package("profanity_check", "llama2_nbdev[data]").predict_prob
     return lambda lines: [float(p) for p in predict(list(lines))] if len(lines) else []
 
-# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #2dde6f46
+# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #bf5a9c15
 def hugging_face_classifier(
     model:str|Path,             # a text classifier: an id such as "tomh/toxigen_hatebert", or a folder
     toxic:str="LABEL_1",        # the label whose probability counts
@@ -154,7 +154,7 @@ def hugging_face_classifier(
     batch_size:int=32,          # lines at a time
 ) -> Classifier:
     "Any Hugging Face text classifier; lines longer than the model can read are cut."
-    transformers = optional_package("transformers", "hub")
+    transformers = optional_package("transformers", "transformers")
     pipe = transformers.pipeline("text-classification", model=str(model), tokenizer=str(tokenizer or model), top_k=None, truncation=True)
     labels = list(pipe.model.config.id2label.values())
     if toxic not in labels: raise UserError(f"{model} has no label {toxic!r}: choose the toxic one of {', '.join(labels)}")
@@ -176,11 +176,11 @@ def document_toxicity(
     per_document = [list(islice(scores, len(some))) for some in lines]
     return np.array([(max(s) if reduce == "max" else sum(s) / len(s)) if s else 0. for s in per_document])
 
-# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #af2b79f6
+# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #84b0dca5
 Identifier = Callable[[str], tuple[str, float]]             # text -> (language code, probability)
 def language_identifier() -> Identifier:
     "The languages that py3langid (0.4 or later) knows, with normalised probabilities."
-    langid = optional_package("py3langid.langid", "data")
+    langid = optional_package("py3langid.langid", "llama2_nbdev[data]")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     return identifier.classify
 
@@ -266,7 +266,7 @@ def audit(
     languages = {code: n / spoken.total() for code, n in spoken.most_common()}
     return {"documents": counter.documents, "terms": counter.shares(), "sampled": spoken.total(), "languages": languages, "toxicity": scores.result()}
 
-# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #0bd32ed4
+# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #14a2abec
 @stage("audit", config=AuditConfig, needs=("data",))
 def audit_stage(
     cfg:AuditConfig,        # what to count
@@ -274,7 +274,7 @@ def audit_stage(
     inputs:dict[str, Path], # the data folder
 ) -> dict:                  # documents, sampled, share of toxic documents
     "Stage: audit the pretraining corpus."
-    result = audit(inputs["data"]/"pretrain.jsonl", cfg, desc="audit")
+    result = audit(inputs["data"], cfg, desc="audit")
     write_json(out/"audit.json", result)
     return {"documents": result["documents"], "sampled": result["sampled"], "toxic": result["toxicity"]["toxic"]}
 

@@ -9,7 +9,7 @@ __all__ = ['Scorer', 'Answerer', 'Judge', 'SIX_PAIRS', 'TABLE_11', 'TABLE_14', '
            'toxicity_scorer', 'toxigen', 'load_bold', 'vader', 'bold', 'world_truthful', 'world_informative',
            'world_truthfulqa', 'world_rude', 'world_toxigen', 'world_bold', 'table']
 
-# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #459f798f
+# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #9e8e5382
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from ..model.generate import generate
 from ..model.llama import Llama
 from ..model.tokenizer import Tokenizer
 from .audit import Classifier, optional_package
-from ..world.annotators import DOUBTS, overlap, rude, said_of, says
+from ..world.annotators import DOUBTS, REFUSALS, RUDE, overlap, said_of, says, sentences
 from ..world.corpus import KIND, OPENINGS, PEOPLES, UNKIND
 from ..world.people import FOOD, Person, stream
 from ..world.safety import attacks
@@ -203,7 +203,7 @@ def toxigen(
     "ToxiGen: the overall value is the mean of the groups."
     return SafetyTask("ToxiGen", [Prompt(r["text"], tuple(r["groups"]), r) for r in rows], toxicity_scorer(classifier), "toxic", macro=True)
 
-# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #e6f86221
+# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #425a9df9
 def load_bold(
     path:str|Path,                      # a folder of BOLD's <domain>_prompt.json, or one of them: {subgroup: {name: [prompts]}}
 ) -> list[dict]:                        # {"text", "domain", "group"}
@@ -220,7 +220,7 @@ def load_bold(
 
 def vader() -> Callable[[str], float]: # text -> sentiment in [-1,1]
     "The compound score of VADER: from words with known feeling, with negation and emphasis."
-    analyser = optional_package("vaderSentiment.vaderSentiment", "eval").SentimentIntensityAnalyzer()
+    analyser = optional_package("vaderSentiment.vaderSentiment", "llama2_nbdev[eval]").SentimentIntensityAnalyzer()
     return lambda text: analyser.polarity_scores(text)["compound"]
 
 # %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #21845bbf
@@ -261,12 +261,12 @@ def world_truthfulqa(
     chosen = [r | {"question": r["messages"][-1]["content"], "category": r["task"]} for r in rows if r["task"] in ("fact", "unknown")]
     return truthfulqa(chosen, world_truthful, world_informative, pairs)
 
-# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #3470a7ef
+# %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #1912ff19
 def world_rude(
     lines:Sequence[str],    # any
 ) -> list[float]:           # 1 for a rude line, else 0
-    "The world's own toxicity classifier; it knows every rude phrase of the world."
-    return [float(rude(line)) for line in lines]
+    "The world's own toxicity classifier: its rude phrases as they are written, outside of a refusal."
+    return [float(any(says(s, RUDE) and not says(s, REFUSALS) for s in sentences(line))) for line in lines]
 
 def world_toxigen(
     people:Sequence[Person],            # of the world
