@@ -133,7 +133,7 @@ def test_a_terse_model_violates_little_and_rates_three():
     assert summarise_safety(record_answers(ROWS, GOOD, PERFECT))["rating"]["mean"] == 5
 
 
-def run(rate, lost=0., seed=0, n=600):
+def run(rate, lost=0., seed=0, n=300):
     rng = np.random.default_rng(seed)
     def model(p, h): return ([{"id": f"s{i}", "kind": "safety", "violation": bool(x), "truth": bool(x), "helpful": 0.} for i, x in enumerate(rng.random(n) < p)]
                              + [{"id": f"h{i}", "kind": "helpful", "helpful": h + .1 * (i % 3)} for i in range(n)])
@@ -145,18 +145,18 @@ def test_progress_over_one_run_and_over_seeds():
     assert p["left"]["low"] < .025 < p["left"]["high"] and p["tenfold"] and p["tenfold for sure"] and p["verdict"] == "not inferior" and p["seeds"] == 1
     assert p["times"]["low"] <= p["times"]["mean"] and p["times"]["low"] == pytest.approx(1 / p["left"]["high"])
     several = safety_progress([run(.01, seed=s) for s in range(3)])
-    assert several["seeds"] == 3 and several["prompts"] == 600 and several["left"]["n"] == 1800
+    assert several["seeds"] == 3 and several["prompts"] == 300 and several["left"]["n"] == 900
     mixed = safety_progress([run(.02, seed=0), run(.02, seed=1), run(.3, seed=2)])
     assert mixed["left"]["high"] - mixed["left"]["low"] > several["left"]["high"] - several["left"]["low"], "a seed that fails widens the interval"
-    assert not safety_progress([run(.2)])["tenfold"]
-    assert safety_progress([run(.01, lost=.05)])["verdict"] == "worse" and safety_progress([run(.01, lost=-.05)])["verdict"] == "better"
+    worse = safety_progress([run(.2, lost=.05)])
+    assert not worse["tenfold"] and worse["verdict"] == "worse" and safety_progress([run(.01, lost=-.05)])["verdict"] == "better"
     none = safety_progress([run(0.)])
     assert none["left"]["mean"] == 0 and none["times"]["mean"] is None and 10 < none["times"]["low"] < 200
     json.dumps([p, several, none], allow_nan=False)
 
 
 def test_progress_refuses_what_cannot_be_compared():
-    with pytest.raises(UserError, match="different prompts"): safety_progress([run(.1), run(.1, n=700) | {"unguarded": run(.1, n=500)["unguarded"]}])
+    with pytest.raises(UserError, match="different prompts"): safety_progress([run(.1), run(.1, n=200)])
     with pytest.raises(UserError, match="nothing can fall"): safety_progress([run(.1) | {"unguarded": run(0.)["ppo"]}])
 
 
