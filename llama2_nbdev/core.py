@@ -311,9 +311,9 @@ def project_root()->Path: # an absolute folder
 
 # %% ../nbs/0_ground/00_core.ipynb #optpkg02
 def optional_package(
-    module:str, # name to import
-    extra:str,  # the extra of this project that brings it
+    module:str,  # name to import
+    install:str, # what pip should install: "llama2_nbdev[data]"
 )->ModuleType:
     "Import a package that only some chapters need; `UserError` says how to get it."
     try: return import_module(module)
-    except ImportError as e: raise UserError(f"{module} cannot be imported ({e}): run `pip install 'llama2_nbdev[{extra}]'`") from None
+    except ImportError as e: raise UserError(f"{module} cannot be imported ({e}): run `pip install '{install}'`") from None
