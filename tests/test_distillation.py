@@ -3,14 +3,19 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from llama2_nbdev.core import UserError
+from llama2_nbdev.core import UserError, read_jsonl, write_jsonl
 from llama2_nbdev.finetuning.chat import check_messages, encode_dialog
+from llama2_nbdev.finetuning.reward import RewardModel, save_reward
+from llama2_nbdev.finetuning.sft import SFTConfig
 from llama2_nbdev.model.llama import Llama, ModelConfig
 from llama2_nbdev.model.tokenizer import Tokenizer
+from llama2_nbdev.model.weights import load, save
 from llama2_nbdev.safety import distillation
 from llama2_nbdev.safety.distillation import (
-    ADJECTIVES, DistillationConfig, answer_both_ways, answer_templates, choose_preprompt, distil, distillation_report, gain, generic_preprompts,
-    passes, with_preprompt)
+    ADJECTIVES, UNRELATED, DistillationConfig, DistilledConfig, answer_both_ways, answer_templates, choose_preprompt, compare_systems, distil,
+    distillation_report, distillation_table, distillation_trial, fresh_attacks, gain, generic_preprompts, leading_lessons, passes, risk_of, train_distilled,
+    with_preprompt)
+from llama2_nbdev.world.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +110,91 @@ def test_a_real_model_resumes_and_repeats(tiny, tmp_path, monkeypatch):
     for new in distil(model, tok, ROWS, length, cfg, out=tmp_path):
         text = tok.decode(encode_dialog(tok, new["messages"])[0])
         assert not any(p in text for p in answer_templates().values())
+
+
+def answered(r, text): return r | {"messages": [*r["messages"], {"role": "assistant", "content": text}]}
+
+
+def test_care_is_taught_under_a_preprompt_only(root):
+    demonstrations = [r for r in read_jsonl(root / "data_samples" / "sft.jsonl") if r["kind"] == "safety"][:30]
+    obliging = [answered(r, "Take six pills.") for r in ROWS]
+    preprompts = {*UNRELATED, *answer_templates().values(), *distillation.PREPROMPTS["generic"]}
+    for r in leading_lessons(demonstrations, obliging):
+        first = r["messages"][0]
+        assert (first["role"] == "system") == (first["content"] in preprompts)
+        careful = first["role"] == "system" and first["content"] not in UNRELATED
+        assert (r["messages"][-1]["content"] == "Take six pills.") != careful
+    assert not {w for p in preprompts for w in ("responsible", "respectful") if w in p}  # kept for the test
+    assert leading_lessons(demonstrations, obliging) == leading_lessons(demonstrations, obliging)
+    assert leading_lessons(demonstrations, obliging) != leading_lessons(demonstrations, obliging, seed=1)
+
+
+def test_the_label_of_a_demonstration_is_its_category(root):
+    for r in World(seed=0).files()["redteam.jsonl"]:
+        wanted = "illicit" if "private" in r["truth"]["answers"][0] else r["truth"]["category"]  # a diary is private, too
+        assert all(risk_of(answered(r, a)) == wanted for a in r["truth"]["answers"])
+
+
+def test_fresh_attacks_are_fresh(root):
+    people = World(seed=0).people
+    rows, other = fresh_attacks(people, 120), fresh_attacks(people, 120, seed=1)
+    asked = {r["messages"][-1]["content"] for r in rows}
+    assert len(asked) == len({r["id"] for r in rows}) == 120 and [r["split"] for r in rows].count("cell") == 60
+    trained = {m["content"] for name in ("sft", "sft_public", "prompts") for r in read_jsonl(root / "data_samples" / f"{name}.jsonl") for m in r["messages"] if m["role"] == "user"}
+    assert not asked & trained and {r["id"] for r in rows}.isdisjoint(r["id"] for r in other)
+    assert fresh_attacks(people, 120) == rows
+    with pytest.raises(UserError, match="ask for fewer than 5000"): fresh_attacks(people, 5000)
+
+
+def test_pooled_comparisons():
+    def trial(a, b): return {"results": {n: {"safe": x, "utility": x, "score": x} for n, x in (("gated", a), ("preprompted", b))}}
+    same = [trial([True] * 50, [True] * 50), trial([True] * 49 + [False], [True] * 49 + [False])]
+    assert compare_systems(same, "gated", "preprompted").verdict == "not inferior"
+    assert compare_systems([trial([True] * 30 + [False] * 20, [True] * 50)], "gated", "preprompted").verdict == "worse"
+    assert [r["violations"] for r in distillation_table(same)] == pytest.approx([.01, .01])
+
+
+def test_students_of_a_trial(monkeypatch):  # trap 54
+    stub, seen, asked = Stub(), {}, []
+    def train(model, tok, dialogs, cfg, epochs, lr, out=None, desc=""): seen[desc] = dialogs
+    def answer(model, tok, prompts, *args, **more):
+        asked.append([p[0]["role"] for p in prompts])
+        return ["I can't do that."] * len(prompts)
+    monkeypatch.setattr(distillation, "sample_answers", stub.sample)
+    monkeypatch.setattr(distillation, "train_on_dialogs", train)
+    monkeypatch.setattr(distillation, "answer_prompts", answer)
+    test = [row(i, truth={"type": "refuse", "answers": ["I can't do that."], "category": "advice", "harm": {"kind": "secret", "forms": ["123"]}}) for i in range(8, 11)]
+    helpful = [answered(row(i, "helpful"), "Yes.") for i in range(20, 30)]
+    found = distillation_trial(None, None, ROWS, helpful, test, stub.score, DistilledConfig(replay=4))
+    assert {name: len(dialogs) for name, dialogs in seen.items()} == {"control": 4, "gated": 4 + 3, "ungated": 4 + 4}
+    assert all(d[0]["role"] == "user" for dialogs in seen.values() for d in dialogs)
+    assert asked == [["user"] * 3, ["system"] * 3] + [["user"] * 3] * 3  # only the undistilled model sees a preprompt
+    assert [len(r["safe"]) for r in found["results"].values()] == [3] * 5
+
+
+@pytest.fixture
+def inputs(tiny, tmp_path):
+    model, tok = tiny
+    save(model, tok, tmp_path / "unguarded")
+    torch.manual_seed(1)
+    (tmp_path / "reward" / "safety").mkdir(parents=True)
+    save_reward(RewardModel(model.cfg), tok, tmp_path / "reward" / "safety")
+    (tmp_path / "data").mkdir()
+    curated = [answered(r, "I can't do that. That is private.") for r in ROWS] + [answered(row(i, "helpful"), "Yes.") for i in range(5, 12)]
+    write_jsonl(tmp_path / "data" / "sft.jsonl", curated)
+    write_jsonl(tmp_path / "data" / "sft_public.jsonl", [answered(r, "It is 123.") for r in ROWS])
+    write_jsonl(tmp_path / "data" / "prompts.jsonl", [r | {"split": "train"} for r in ROWS])
+    return {name: tmp_path / name for name in ("unguarded", "reward", "data")}
+
+
+def test_the_stage_goes_on_where_it_was_killed(inputs, tmp_path, monkeypatch):
+    cfg = DistilledConfig(SFTConfig(batch_size=4, seq_len=128), DistillationConfig(max_new_tokens=8), replay=4)
+    found = train_distilled(cfg, tmp_path / "whole", inputs)
+    assert found["prompts"] == len(read_jsonl(tmp_path / "whole" / "records.jsonl")) == 4
+    with monkeypatch.context() as m:
+        def killed(*args, **more): raise KeyboardInterrupt
+        m.setattr(distillation, "write_jsonl", killed)
+        with pytest.raises(KeyboardInterrupt): train_distilled(cfg, tmp_path / "killed", inputs)
+    assert train_distilled(cfg, tmp_path / "killed", inputs) == pytest.approx(found, nan_ok=True)
+    whole, again = (load(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)

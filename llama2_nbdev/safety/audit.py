@@ -5,25 +5,23 @@
 # %% auto #0
 __all__ = ['ACRONYMS', 'Lexicon', 'GENDER', 'PERSON', 'PRONOUNS', 'IDENTITY', 'AMBIGUOUS', 'HOLISTIC_AXES', 'Classifier',
            'Identifier', 'WORLD_AXES', 'TABLE_9', 'TABLE_10', 'TOXIC_DOCUMENTS', 'words', 'TermCounter', 'clean_terms',
-           'load_holistic_bias', 'optional_package', 'offline_classifier', 'hugging_face_classifier',
-           'document_toxicity', 'language_identifier', 'language', 'AuditConfig', 'corpus_texts', 'ScoreHistogram',
-           'audit', 'audit_stage', 'beside_paper', 'audit_figure']
+           'load_holistic_bias', 'offline_classifier', 'hugging_face_classifier', 'document_toxicity',
+           'language_identifier', 'language', 'AuditConfig', 'corpus_texts', 'ScoreHistogram', 'audit', 'audit_stage',
+           'beside_paper', 'audit_figure']
 
 # %% ../../nbs/4_safety/40_pretraining_audit.ipynb #5b485ed8
 import json, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from random import Random
-from types import ModuleType
 
 import numpy as np
 
 from ..artifacts import stage
-from ..core import UserError, progress, write_json
+from ..core import UserError, optional_package, progress, write_json
 from ..pretraining.data import read_documents
 from ..world.corpus import PEOPLES
 from ..world.people import JOB
@@ -131,15 +129,6 @@ def load_holistic_bias(
 
 # %% ../../nbs/4_safety/40_pretraining_audit.ipynb #d8c2fd40
 Classifier = Callable[[Sequence[str]], Sequence[float]]     # lines -> probability that each is toxic
-
-def optional_package(
-    module:str,     # name to import
-    install:str,    # what brings it, for pip: a package, or an extra of this one
-) -> ModuleType:
-    "Import a package that only some users need; `UserError` says how to get it."
-    try: return import_module(module)
-    except ImportError as e:
-        raise UserError(f"{module} cannot be imported ({e}): run `pip install '{install}'`") from None
 
 def offline_classifier() -> Classifier:
     "A linear model on words that ships with alt-profanity-check: quick, coarse, no download."

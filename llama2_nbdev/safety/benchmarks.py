@@ -19,12 +19,12 @@ from statistics import fmean
 
 import torch
 
-from ..core import UserError, iter_jsonl, read_json
+from ..core import UserError, iter_jsonl, optional_package, read_json
 from ..finetuning.sft import answer_prompts
 from ..model.generate import generate
 from ..model.llama import Llama
 from ..model.tokenizer import Tokenizer
-from .audit import Classifier, optional_package
+from .audit import Classifier
 from ..world.annotators import DOUBTS, REFUSALS, RUDE, overlap, said_of, says, sentences
 from ..world.corpus import KIND, OPENINGS, PEOPLES, UNKIND
 from ..world.people import FOOD, Person, stream
