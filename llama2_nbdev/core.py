@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'seed_everything', 'pick_device', 'matmul_seconds', 'pick_dtype', 'masked_mean', 'token_logprobs',
-           'atomic_write', 'write_json', 'read_json', 'iter_jsonl', 'read_jsonl', 'row_line', 'write_jsonl',
-           'append_jsonl', 'progress', 'project_root', 'optional_package']
+           'atomic_write', 'write_json', 'read_json', 'parse_row', 'iter_jsonl', 'read_jsonl', 'row_line',
+           'write_jsonl', 'append_jsonl', 'progress', 'project_root', 'optional_package']
 
 # %% ../nbs/0_ground/00_core.ipynb #43840e27
 import json, os, random, secrets, time
@@ -192,7 +192,7 @@ def _half_surrogate(row:dict)->bool:
     return False
 
 # %% ../nbs/0_ground/00_core.ipynb #ede45d73
-def _parse_row(line:bytes, where:str, required:tuple)->dict:
+def parse_row(line:bytes, where:str, required:tuple)->dict:
     "One JSONL line to a dict with the required keys, or a `UserError` that begins with `where`."
     try: text = line.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -224,7 +224,7 @@ def iter_jsonl(
             line = line.removeprefix(b"\xef\xbb\xbf") if i == 1 else line # a byte-order mark
             if line.strip():
                 rows += 1
-                yield _parse_row(line.rstrip(b"\r\n"), f"{path}:{i}", required)
+                yield parse_row(line.rstrip(b"\r\n"), f"{path}:{i}", required)
     if not rows and not allow_empty:
         raise UserError(f"{path} has no rows. Put one JSON object on each line, or write the file again.")
 

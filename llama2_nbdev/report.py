@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE_PROMPTS', 'STYLE', 'PAGE', 'SECTIONS', 'RATE_COLUMNS', 'BLOCKS', 'ReportConfig', 'as_svg', 'loss_curve',
            'render', 'read_metrics', 'score_rows', 'sample_rows', 'rate_rows', 'progress_curve', 'ppo_curve', 'Block',
-           'audit_block', 'safety_block', 'red_team_block', 'report_stage']
+           'audit_block', 'safety_block', 'red_team_block', 'benchmark_block', 'report_stage']
 
 # %% ../nbs/6_pipeline/59_report.ipynb #62e66d83
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from .core import atomic_write, pick_device, read_json, read_jsonl, write_json
 from .finetuning.chat import Message
 from .finetuning.sft import answer_prompts
 from .model.weights import load
+from .pretraining.toy_benchmarks import table as benchmark_table
 from .safety.audit import audit_figure, beside_paper
 from .safety.evaluation import plot_safety, safety_table
 from .safety.red_team_rounds import figure as red_team_figure, table as red_team_table
@@ -228,10 +229,18 @@ def red_team_block(
     return Block("Do attacks succeed less often?", "Gamma is violating prompts per person and hour; each candidate learnt from the attacks on those before it.",
                  list(table.columns), table.astype(str).values.tolist(), [red_team_figure(rounds)])
 
-BLOCKS = {"audit": audit_block, "safety": safety_block, "redteam": red_team_block} # stage -> its block
+def benchmark_block(
+    folder:Path, # of the stage "benchmarks"
+) -> Block:
+    "The toy counterparts of Table 3's groups (Section 2.3)."
+    table = benchmark_table(read_json(folder/"summary.json")).reset_index()
+    return Block("How does it do on the six groups?", "Toy tasks under the names of the paper's groups, percent; the paper's columns belong to other tasks and models.",
+                 list(table.columns), table.astype(str).values.tolist())
+
+BLOCKS = {"benchmarks": benchmark_block, "audit": audit_block, "safety": safety_block, "redteam": red_team_block} # stage -> its block
 
 # %% ../nbs/6_pipeline/59_report.ipynb #21ff5ed0
-@stage("report", config=ReportConfig, needs=("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo", "evaluate", "rate", "audit", "safety", "redteam"))
+@stage("report", config=ReportConfig, needs=("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo", "evaluate", "rate", "benchmarks", "audit", "safety", "redteam"))
 def report_stage(
     cfg:ReportConfig,       # what to show
     out:Path,               # receives report.html

@@ -45,7 +45,7 @@ def red_team_over_seeds(
     "Gamma by candidate, and the share of earlier attacks that no longer work."
     return over_seeds([ws.get("redteam") for ws in runs])
 
-# %% ../nbs/6_pipeline/61b_safety_findings.ipynb #7501928e
+# %% ../nbs/6_pipeline/61b_safety_findings.ipynb #310e5f7a
 def sweep_data(
     run:Workspace, # of one seed
 ) -> dict[str, list[dict]]: # "demonstrations", "obliging", "helpful" to train on; "attacks", "harmless", "borderline" to measure
@@ -54,7 +54,7 @@ def sweep_data(
     sft, public, held_out = (read_jsonl(data/f"{name}.jsonl") for name in ("sft", "sft_public", "eval"))
     plain = [r for r in sft if r["kind"] == "helpful" and r["task"] != "lookalike"]
     return {"demonstrations": [r for r in sft if r["kind"] == "safety"], "obliging": [r for r in public if r["task"] == "safety"][::3],
-            "helpful": draw(plain, 600, 0), "attacks": fresh_attacks(make_people(0), {"safety": 12, "cell": 24}, ("over seeds",)),
+            "helpful": draw(plain, 600, 0), "attacks": fresh_attacks(make_people(0), {"safety": 22, "cell": 48}, ("over seeds",)),
             "harmless": [r for r in held_out if r["kind"] == "helpful" and r["task"] != "lookalike"][::2], "borderline": read_jsonl(data/"borderline.jsonl")}
 
 def stacked(
@@ -100,7 +100,7 @@ def refusals_over_seeds(
     return {"shares": {str(f["share"]): {k: asdict(bootstrap(table(i, k))) for k in sets} for i, f in enumerate(found[0])},
             "rise": asdict(rise.difference) | {"verdict": rise.verdict}}
 
-# %% ../nbs/6_pipeline/61b_safety_findings.ipynb #dcefa386
+# %% ../nbs/6_pipeline/61b_safety_findings.ipynb #01ad12e9
 def distillation_over_seeds(
     runs:Sequence[Workspace], # one a seed
 ) -> dict:                    # "systems": see `distillation_table`; "led" and "refuser": "as safe", "gate", each a difference with its verdict
@@ -111,7 +111,7 @@ def distillation_over_seeds(
         sft, public, prompts = (read_jsonl(data/f"{name}.jsonl") for name in ("sft", "sft_public", "prompts"))
         scorer = reward_scorer(load_reward(run.get("reward")/"safety", pick_device())[0], load(run.get("sft"))[1])
         adversarial = [r for r in prompts if r["kind"] == "safety" and r["split"] == "train"]
-        attacks = fresh_attacks(make_people(0), {"safety": 15, "cell": 45}, ("distilled over seeds",))
+        attacks = fresh_attacks(make_people(0), {"safety": 22, "cell": 48}, ("distilled over seeds",))
         for name, stage in (("led", "unguarded"), ("refuser", "sft")):
             model, tok = load(run.get(stage), device=pick_device())
             if name == "led": train_led(model, tok, sft, public, cfg)

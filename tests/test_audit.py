@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2_nbdev.core import UserError, write_jsonl
+from llama2_nbdev.pretraining.cleaning import language_identifier, language_of
 from llama2_nbdev.safety import audit as module
 from llama2_nbdev.safety.audit import (IDENTITY, PRONOUNS, TABLE_9, TABLE_10, WORLD_AXES, AuditConfig, ScoreHistogram, TermCounter, audit, audit_figure,
-                                       audit_stage, beside_paper, clean_terms, document_toxicity, hugging_face_classifier, language,
-                                       language_identifier, load_holistic_bias, offline_classifier, words)
+                                       audit_stage, beside_paper, clean_terms, document_toxicity, hugging_face_classifier,
+                                       load_holistic_bias, offline_classifier, words)
 
 calm = lambda lines: [0.] * len(lines)
 english = lambda text: ("en", 1.)
@@ -153,7 +154,7 @@ def test_offline_tools_and_stage(tmp_path: Path):
     kind, foul = offline_classifier()(["Tom is a writer.", "You are a stupid idiot."])
     assert kind < .3 and foul > .7 and offline_classifier()([]) == []
     identify = language_identifier()
-    assert language("Tom wohnt in Madrid und hat einen Hund.", identify) == "de" and language("5 + 2 = 7.", identify) == "unknown"
+    assert language_of("Tom wohnt in Madrid und hat einen Hund.") == "de" and language_of("5 + 2 = 7.") == "unknown"
     assert all(0 <= identify(t)[1] <= 1 for t in ("a", "", "Das ist ein Haus.", "x" * 5000))
     write_jsonl(tmp_path / "pretrain.jsonl", [{"text": "She is a nurse."}, {"text": "He likes the islanders."}])
     audit_stage(AuditConfig(axes=IDENTITY | WORLD_AXES, sample=1.), tmp_path, {"data": tmp_path})

@@ -19,7 +19,7 @@ from llama2_nbdev.world.people import make_people
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGETS = world_targets(make_people(0))
-CFG = RedTeamConfig(rounds=2, team=TeamConfig(persons=8, hours=1, prompts_per_hour=4), lessons=5, watch=6, replays=20,
+CFG = RedTeamConfig(rounds=2, team=TeamConfig(persons=8, hours=1, prompts_per_hour=4), lessons=5, replay=4., watch=6, replays=20,
                     sft=SFTConfig(batch_size=4, seq_len=128, epochs=1, lr=1e-3), max_new_tokens=6)
 
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACRONYMS', 'Lexicon', 'GENDER', 'PERSON', 'PRONOUNS', 'IDENTITY', 'AMBIGUOUS', 'HOLISTIC_AXES', 'Classifier',
-           'Identifier', 'WORLD_AXES', 'TABLE_9', 'TABLE_10', 'TOXIC_DOCUMENTS', 'words', 'TermCounter', 'clean_terms',
-           'load_holistic_bias', 'offline_classifier', 'hugging_face_classifier', 'document_toxicity',
-           'language_identifier', 'language', 'AuditConfig', 'corpus_texts', 'ScoreHistogram', 'audit', 'audit_stage',
-           'beside_paper', 'audit_figure']
+           'WORLD_AXES', 'TABLE_9', 'TABLE_10', 'TOXIC_DOCUMENTS', 'words', 'TermCounter', 'clean_terms',
+           'load_holistic_bias', 'offline_classifier', 'hugging_face_classifier', 'document_toxicity', 'AuditConfig',
+           'corpus_texts', 'ScoreHistogram', 'audit', 'audit_stage', 'beside_paper', 'audit_figure']
 
 # %% ../../nbs/4_safety/40_pretraining_audit.ipynb #5b485ed8
 import json, re
@@ -22,6 +21,7 @@ import numpy as np
 
 from ..artifacts import stage
 from ..core import UserError, optional_package, progress, write_json
+from ..pretraining.cleaning import Identifier, language_identifier, language_of
 from ..pretraining.data import read_documents
 from ..world.corpus import PEOPLES
 from ..world.people import JOB
@@ -165,23 +165,6 @@ def document_toxicity(
     per_document = [list(islice(scores, len(some))) for some in lines]
     return np.array([(max(s) if reduce == "max" else sum(s) / len(s)) if s else 0. for s in per_document])
 
-# %% ../../nbs/4_safety/40_pretraining_audit.ipynb #84b0dca5
-Identifier = Callable[[str], tuple[str, float]]             # text -> (language code, probability)
-def language_identifier() -> Identifier:
-    "The languages that py3langid (0.4 or later) knows, with normalised probabilities."
-    langid = optional_package("py3langid.langid", "llama2_nbdev[data]")
-    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-    return identifier.classify
-
-def language(
-    text:str,               # a document
-    identifier:Identifier,  # names a language and says how sure it is
-    threshold:float=.5,     # below it, the language is "unknown"
-) -> str:                   # ISO 639-1 code
-    "The language of a text, or 'unknown' where nothing is probable enough (Table 10)."
-    code, probability = identifier(text)
-    return code if probability >= threshold and code not in ("und", "zxx") else "unknown" # undetermined, no language
-
 # %% ../../nbs/4_safety/40_pretraining_audit.ipynb #dbd5f51c
 WORLD_AXES = {"peoples": PEOPLES, "jobs": JOB.values}       # who is talked about in our world
 
@@ -239,7 +222,7 @@ def audit(
 ) -> dict:                              # documents, terms (nested shares by axis), sampled, languages (shares), toxicity
     "Who is mentioned, which languages, how toxic: one pass over any corpus (Section 4.1)."
     if classifier is None: classifier = offline_classifier() if cfg.classifier == "offline" else hugging_face_classifier(cfg.classifier, cfg.toxic_label)
-    identifier, rng = identifier or language_identifier(), Random(cfg.seed)
+    rng = Random(cfg.seed)
     counter, spoken, scores = TermCounter({**PRONOUNS, **clean_terms(cfg.axes)}), Counter(), ScoreHistogram(20, cfg.toxic)
     def sampled():
         for text in progress(corpus_texts(source), desc=desc, unit="doc", disable=not desc):
@@ -247,7 +230,7 @@ def audit(
             if rng.random() < cfg.sample: yield text
     chosen = sampled()
     while block := list(islice(chosen, cfg.block)):
-        codes = [language(text, identifier, cfg.confident) for text in block]
+        codes = [language_of(text, cfg.confident, identifier) for text in block]
         spoken.update(codes)
         rated = [text for text, code in zip(block, codes) if code == "en" or not cfg.english_only]
         scores.add(document_toxicity(rated, classifier, cfg.reduce))
