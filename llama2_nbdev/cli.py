@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt', 'rounds', 'ppo', 'rate', 'benchmarks',
            'safety', 'distill', 'redteam', 'SUGGESTIONS', 'COMMANDS', 'run', 'print_scores', 'print_rates',
-           'print_block', 'stage_command', 'find_model', 'load_chat_model', 'generate', 'chat', 'ask', 'answer',
-           'convert', 'world', 'audit', 'prepare', 'reproduce', 'plan', 'info', 'together', 'main']
+           'stage_command', 'find_model', 'load_chat_model', 'generate', 'chat', 'ask', 'answer', 'convert', 'world',
+           'audit', 'prepare', 'reproduce', 'plan', 'info', 'together', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
 import json, os, sys
@@ -32,7 +32,9 @@ def run(
     print(f"{until}: {made}")
     if until == "evaluate": print_scores(made)
     if until == "rate": print_rates(made)
-    if until in ("benchmarks", "audit", "safety", "redteam"): print_block(until, made)
+    if until in ("benchmarks", "audit", "safety", "redteam"):
+        from llama2_nbdev.report import print_block
+        print_block(until, made)
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #523a6711
 def print_scores(
@@ -51,17 +53,6 @@ def print_rates(
     measures = list(next(iter(table.values())))
     print(f"{'version':8}", *(f"{m:>14}" for m in measures))
     for model, row in table.items(): print(f"{model:8}", *(f"{row[m]['mean']:>14.3f}" for m in measures))
-
-def print_block(
-    stage:str,   # one of `report.BLOCKS`
-    folder:Path, # of that stage
-) -> None:
-    "The table that the report shows of a stage."
-    from llama2_nbdev.report import BLOCKS
-    block = BLOCKS[stage](folder)
-    rows = [[str(v) for v in row] for row in (block.columns, *block.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows: print("  ".join(v.ljust(w) for v, w in zip(row, widths)).rstrip())
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #2b615be0
 def stage_command(
@@ -218,6 +209,7 @@ def audit(
     if not corpus: return run(preset, data, runs, (f"audit.sample={sample}", f"audit.classifier={classifier}"), "audit")
     from llama2_nbdev.safety.audit import IDENTITY, WORLD_AXES, AuditConfig, audit as audit_corpus
     from llama2_nbdev.core import write_json
+    from llama2_nbdev.report import print_block
     write_json(out/"audit.json", audit_corpus(corpus, AuditConfig(axes=IDENTITY | WORLD_AXES, sample=sample, classifier=classifier), desc="audit"))
     print_block("audit", out)
 
@@ -227,7 +219,7 @@ def prepare(
     out:Path,                       # folder that receives pretrain.jsonl and report.json
     languages:tuple[str, ...]=(),   # ISO 639-1 codes to keep; none: all
     near:bool=True,                 # also remove near copies, which takes memory for each document
-    min_words:int=5,                # shorter documents go
+    min_words:int=10,               # shorter documents go
 ) -> None:
     "Clean a corpus (Section 2.1) and print what was removed and why. Run it again to resume."
     from llama2_nbdev.pretraining.cleaning import QualityConfig
@@ -244,13 +236,14 @@ def reproduce(
     only:tuple[str, ...]=(),    # measurements to make; none: all
     out:Path=Path("results"),   # receives <preset>/<measurement>.json and <preset>/scoreboard.json
     runs:str="",                # folder for artefacts; empty: the default
+    again:bool=False,           # measure also what `out` holds already for the same artefacts
 ) -> None:
     "Measure the paper's findings over seeds, write what was found with provenance, and print the scoreboard."
     from llama2_nbdev.reproduce import reproduce as measure
     from llama2_nbdev.scoreboard import MEASURES, update_scoreboard
     unknown = [name for name in only if name not in MEASURES]
     if unknown: raise UserError(f"unknown measurement {unknown[0]!r}: choose among {', '.join(MEASURES)}")
-    measure(preset, {name: m for name, m in MEASURES.items() if not only or name in only}, seeds, out, runs or None)
+    measure(preset, {name: m for name, m in MEASURES.items() if not only or name in only}, seeds, out, runs or None, again)
     for r in update_scoreboard(out/preset): print(f"{r['item']:12} {r['says']:60} {r['verdict']:30} {r['ours']}")
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #f04e70c3
@@ -310,7 +303,8 @@ def together() -> Iterator[None]:
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #2d754f77
 COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rejection": rejection, "gatt": gatt, "rounds": rounds,
-            "ppo": ppo, "rate": rate, "audit": audit, "safety": safety, "distill": distill, "redteam": redteam, "benchmarks": benchmarks, "prepare": prepare, "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate,
+            "ppo": ppo, "rate": rate, "benchmarks": benchmarks, "audit": audit, "safety": safety, "distill": distill, "redteam": redteam,
+            "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate, "prepare": prepare,
             "convert": convert, "world": world, "plan": plan, "info": info}
 
 def main(

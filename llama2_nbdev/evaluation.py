@@ -43,7 +43,7 @@ def summarise(
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the held-out prompts are answered."
-    models:tuple[str,...] = ("pretrain", "sft", "v1", "v3", "v5", "ppo") # stages whose models answer, in order
+    models:tuple[str,...] = ("pretrain", "sft", "v5", "ppo") # stages whose models answer, in order
     max_new_tokens:int = 48                     # tokens an answer may have
     temperature:float = 0.                      # 0 answers greedily
 

@@ -72,7 +72,7 @@ def tiny_feedback() -> dict[str, object]:
     return feedback(ask, replace(ask, comparisons=400), RewardConfig(batch_size=16, lr=1e-3), rounds, ObedienceConfig(), GAttConfig(),
                     PPOConfig(iterations=15, batch_size=128, mini_batch=64, lr=3e-5, critic_warmup=5), RateConfig(tasks=TASKS, prompts=600))
 
-# %% ../nbs/6_pipeline/60_pipeline.ipynb #preset02
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #8b2e02db
 def chat_models(
     sft:SFTConfig,          # how to fine-tune
 ) -> dict[str, object]:     # the stages of Section 3.1 and 4.2.2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE_PROMPTS', 'STYLE', 'PAGE', 'SECTIONS', 'RATE_COLUMNS', 'BLOCKS', 'ReportConfig', 'as_svg', 'loss_curve',
            'render', 'read_metrics', 'score_rows', 'sample_rows', 'rate_rows', 'progress_curve', 'ppo_curve', 'Block',
-           'audit_block', 'safety_block', 'red_team_block', 'benchmark_block', 'report_stage']
+           'audit_block', 'safety_block', 'red_team_block', 'benchmark_block', 'print_block', 'report_stage']
 
 # %% ../nbs/6_pipeline/59_report.ipynb #62e66d83
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ assert len(FREE_PROMPTS) == 20
 class ReportConfig:
     "What the report shows."
     prompts:tuple[str,...] = FREE_PROMPTS       # typed by hand, asked of the last model
-    models:tuple[str,...] = ("pretrain", "sft", "v1", "v3", "v5", "ppo") # stages shown side by side, in the order of the recipe
+    models:tuple[str,...] = ("pretrain", "sft", "v5", "ppo") # stages shown side by side, in the order of the recipe
     samples_per_split:int = 1                   # sample dialogs from each split of the evaluation
     max_new_tokens:int = 60                     # tokens an answer may have
 
@@ -49,7 +49,7 @@ def as_svg(
     "A figure as text."
     import matplotlib.pyplot as plt
     for ax in fig.axes: ax.grid(alpha=.3)
-    fig.tight_layout()
+    if fig.get_layout_engine() is None: fig.tight_layout()
     text = StringIO(); fig.savefig(text, format="svg"); plt.close(fig)
     return text.getvalue()[text.getvalue().index("<svg"):]
 
@@ -237,7 +237,18 @@ def benchmark_block(
     return Block("How does it do on the six groups?", "Toy tasks under the names of the paper's groups, percent; the paper's columns belong to other tasks and models.",
                  list(table.columns), table.astype(str).values.tolist())
 
+# %% ../nbs/6_pipeline/59_report.ipynb #safe0004
 BLOCKS = {"benchmarks": benchmark_block, "audit": audit_block, "safety": safety_block, "redteam": red_team_block} # stage -> its block
+
+def print_block(
+    stage:str,   # a key of BLOCKS
+    folder:Path, # of that stage
+) -> None:
+    "The table of a block as text, for the command line."
+    block = BLOCKS[stage](folder)
+    rows = [[str(v) for v in row] for row in (block.columns, *block.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows: print("  ".join(v.ljust(w) for v, w in zip(row, widths)).rstrip())
 
 # %% ../nbs/6_pipeline/59_report.ipynb #21ff5ed0
 @stage("report", config=ReportConfig, needs=("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo", "evaluate", "rate", "benchmarks", "audit", "safety", "redteam"))

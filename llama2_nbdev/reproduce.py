@@ -100,7 +100,7 @@ def provenance(
     "Where the numbers come from."
     return {"command": f"llama2 reproduce --preset {runs[0].name} --seeds {len(runs)} --only {name}", "version": __version__,
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "processor_cores": torch.get_num_threads(), "artefacts": [ws.path("report").name for ws in runs]} # its hash stands for every setting
+            "processor_cores": torch.get_num_threads(), "artefacts": [[ws.path(stage).name for stage in ("rate", "safety", "redteam", "distilled")] for ws in runs]}
 
 def reproduce(
     preset:str,                   # its name
@@ -108,13 +108,14 @@ def reproduce(
     seeds:int=3,                  # runs
     out:Path|None=None,           # folder of results/; receives <preset>/<name>.json as soon as a measurement is done
     runs:str|None=None,           # folder for artefacts; None: the default
+    again:bool=False,             # measure also where a file of the same artefacts lies
 ) -> dict[str, dict]:             # name -> what its file holds
     "Make the measurements over seeds. Files of the same artefacts are kept, so a killed command goes on where it was."
     spaces, results = [workspace(preset, root=runs, settings=seed_settings(s)) for s in range(seeds)], {}
     for name, measure in progress(measures.items(), desc="measurements", unit="measurement"):
         source, path = provenance(name, spaces), out and Path(out)/preset/f"{name}.json"
         found = read_json(path) if path and path.exists() else {"provenance": {}}
-        same = all(found["provenance"].get(key) == source[key] for key in ("version", "artefacts"))
+        same = not again and all(found["provenance"].get(key) == source[key] for key in ("version", "artefacts"))
         if not same: found = {"provenance": source} | measure(spaces)
         if path: write_json(path, found)
         results[name] = found
