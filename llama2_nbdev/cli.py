@@ -6,17 +6,17 @@
 __all__ = ['pretrain', 'sft', 'evaluate', 'report', 'reward', 'rejection', 'gatt', 'rounds', 'ppo', 'rate', 'benchmarks',
            'safety', 'distill', 'redteam', 'SUGGESTIONS', 'COMMANDS', 'run', 'print_scores', 'print_rates',
            'stage_command', 'find_model', 'load_chat_model', 'generate', 'chat', 'ask', 'answer', 'convert', 'world',
-           'audit', 'prepare', 'reproduce', 'plan', 'info', 'together', 'main']
+           'audit', 'prepare', 'reproduce', 'plan', 'info', 'together', 'documented', 'main']
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #eeabcdd4
-import json, os, sys
+import inspect, json, os, re, sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from .core import UserError, read_json
+from .core import UserError, read_json, write_json
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #cfd22c0b
 def run(
@@ -60,12 +60,7 @@ def stage_command(
     doc:str,   # its help text
 ) -> Callable: # a command with the options of `run`, less `until`
     "A command that makes one stage and what it needs."
-    def command(
-        preset:str="tiny",           # nano or tiny
-        data:str="",                 # folder with the data files, or a Hugging Face dataset id; empty: data_samples/
-        runs:str="",                 # folder for artefacts; empty: $LLAMA2_RUNS or runs/
-        settings:tuple[str, ...]=(), # changes, e.g. --settings pretrain.train.steps=200
-    ) -> None:
+    def command(preset:str="tiny", data:str="", runs:str="", settings:tuple[str, ...]=()) -> None:
         run(preset, data, runs, settings, until)
     command.__name__, command.__doc__ = until, doc
     return command
@@ -201,31 +196,28 @@ def audit(
     corpus:str="",                # a JSONL file or a folder with pretrain.jsonl; empty: the stage `audit` of the preset
     sample:float=.1,              # share of the documents whose language and toxicity are measured
     classifier:str="offline",     # or a Hugging Face id or folder of a text classifier
-    preset:str="tiny",            # of the stage
-    data:str="", runs:str="",     # as in `run`
+    preset:str="tiny", data:str="", runs:str="", # as in `run`
     out:Path=Path("audit"),       # with `corpus`: the folder that receives audit.json
 ) -> None:
     "Who is mentioned, which languages, how toxic (Section 4.1): of any corpus, or of the preset's."
     if not corpus: return run(preset, data, runs, (f"audit.sample={sample}", f"audit.classifier={classifier}"), "audit")
     from llama2_nbdev.safety.audit import IDENTITY, WORLD_AXES, AuditConfig, audit as audit_corpus
-    from llama2_nbdev.core import write_json
     from llama2_nbdev.report import print_block
     write_json(out/"audit.json", audit_corpus(corpus, AuditConfig(axes=IDENTITY | WORLD_AXES, sample=sample, classifier=classifier), desc="audit"))
     print_block("audit", out)
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #cliprep1
 def prepare(
-    data:tuple[str, ...],           # files (JSONL, text, Parquet, also .gz), folders or Hugging Face dataset ids
-    out:Path,                       # folder that receives pretrain.jsonl and report.json
+    data:tuple[str, ...]=(),        # files (JSONL, text, Parquet, also .gz), folders or Hugging Face dataset ids
+    out:Path=Path("prepared"),      # folder that receives pretrain.jsonl and report.json
     languages:tuple[str, ...]=(),   # ISO 639-1 codes to keep; none: all
     near:bool=True,                 # also remove near copies, which takes memory for each document
-    min_words:int=10,               # shorter documents go
 ) -> None:
     "Clean a corpus (Section 2.1) and print what was removed and why. Run it again to resume."
-    from llama2_nbdev.pretraining.cleaning import QualityConfig
     from llama2_nbdev.pretraining.deduplication import DedupConfig
     from llama2_nbdev.pretraining.preparation import PrepareConfig, prepare as clean
-    report = clean(list(data), out, PrepareConfig(quality=QualityConfig(min_words=min_words), dedup=DedupConfig(near=near), languages=languages))
+    if not data: raise UserError("there is nothing to clean: name files, folders or dataset ids after --data")
+    report = clean(list(data), out, PrepareConfig(dedup=DedupConfig(near=near), languages=languages))
     print(f"{report['kept']['documents']} of {report['read']['documents']} documents kept: {out/'pretrain.jsonl'}")
     for reason, x in report["removed"].items(): print(f"{x['documents']:8}  {reason}")
 
@@ -244,7 +236,7 @@ def reproduce(
     unknown = [name for name in only if name not in MEASURES]
     if unknown: raise UserError(f"unknown measurement {unknown[0]!r}: choose among {', '.join(MEASURES)}")
     measure(preset, {name: m for name, m in MEASURES.items() if not only or name in only}, seeds, out, runs or None, again)
-    for r in update_scoreboard(out/preset): print(f"{r['item']:12} {r['says']:60} {r['verdict']:30} {r['ours']}")
+    for r in update_scoreboard(out/preset): print(f"{r['item']:14} {r['says']:60} {r['verdict']:30} {r['ours']}")
 
 # %% ../nbs/6_pipeline/62_cli.ipynb #f04e70c3
 def plan(
@@ -307,6 +299,13 @@ COMMANDS = {"run": run, "pretrain": pretrain, "sft": sft, "reward": reward, "rej
             "reproduce": reproduce, "evaluate": evaluate, "report": report, "chat": chat, "generate": generate, "prepare": prepare,
             "convert": convert, "world": world, "plan": plan, "info": info}
 
+def documented(f:Callable) -> Callable:
+    "The comment beside a parameter becomes its help, else the one in `run`; tyro reads comments of classes only."
+    from tyro import conf
+    notes = dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(run) + inspect.getsource(f), re.M))
+    f.__annotations__ |= {k: Annotated[t, conf.arg(help=notes[k])] for k, t in f.__annotations__.items() if k in notes}
+    return f
+
 def main(
     args:Sequence[str]|None=None, # None: what was typed
 ) -> None:
@@ -314,8 +313,8 @@ def main(
     from tyro import conf, extras
     try:
         with together():
-            extras.subcommand_cli_from_dict(COMMANDS, prog="llama2", args=args, config=(conf.PositionalRequiredArgs,),
-                                            description="The Llama 2 paper, executable.")
+            extras.subcommand_cli_from_dict({k: documented(f) for k, f in COMMANDS.items()}, prog="llama2", args=args,
+                                            config=(conf.PositionalRequiredArgs,), description="The Llama 2 paper, executable.")
     except UserError as e:
         print(f"llama2: {e}", file=sys.stderr)
         sys.exit(2)
