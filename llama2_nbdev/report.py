@@ -102,8 +102,7 @@ pushed too far pleases the second and not the first. KL is the distance to the S
 {% for s in samples %}<tr><td><span class="soft">{{ s.split }}</span><br><span class="you">{{ s.prompt }}</span></td>
 {% for r in s.replies %}<td class="{{ 'ok' if r.exact else 'no' }}">{{ r.reply or '(says nothing)' }}</td>{% endfor %}</tr>{% endfor %}</table></div>
 <h2 id="5">{{ sections[4] }}</h2><p>Typed by hand, typing errors included; nobody scored these.</p><div class="grid">
-{% for prompt, reply in chat %}<div class="card"><div class="you">{{ prompt }}</div>{{ reply or '(says nothing)' }}</div>{% endfor %}</div>
-{% for b in blocks %}<h2 id="{{ loop.index + 5 }}">{{ b.title }}</h2><p>{{ b.note }}</p>
+{% for prompt, reply in chat %}<div class="card"><div class="you">{{ prompt }}</div>{{ reply or '(says nothing)' }}</div>{% endfor %}</div>{% for b in blocks %}<h2 id="{{ loop.index + 5 }}">{{ b.title }}</h2><p>{{ b.note }}</p>
 {% for fig in b.figures %}<figure>{{ svg(fig)|safe }}</figure>{% endfor %}<div class="scroll"><table>
 <tr>{% for c in b.columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for row in b.rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
@@ -211,6 +210,7 @@ def audit_block(
     return Block("What was in the data?", "Percent of documents, terms within their axis; the paper's corpus is another one.",
                  ("what", "ours (%)", "paper (%)"), rows, [audit_figure(result)])
 
+# %% ../nbs/6_pipeline/59_report.ipynb #safe0006
 def safety_block(
     folder:Path, # of the stage "safety"
 ) -> Block:
@@ -251,7 +251,7 @@ def print_block(
     for row in rows: print("  ".join(v.ljust(w) for v, w in zip(row, widths)).rstrip())
 
 # %% ../nbs/6_pipeline/59_report.ipynb #21ff5ed0
-@stage("report", config=ReportConfig, needs=("pretrain", "sft", "v1", "v2", "v3", "v4", "v5", "ppo", "evaluate", "rate", "benchmarks", "audit", "safety", "redteam"))
+@stage("report", config=ReportConfig, needs=("pretrain", "sft", "v5", "ppo", "evaluate", "rate", *BLOCKS))
 def report_stage(
     cfg:ReportConfig,       # what to show
     out:Path,               # receives report.html
@@ -264,8 +264,7 @@ def report_stage(
     answers = {m: read_jsonl(inputs["evaluate"]/f"answers_{m}.jsonl") for m in cfg.models}
     logs = {m: read_metrics(inputs[m]) for m in ("pretrain", "sft")}
     rated = read_json(inputs["rate"]/"summary.json")
-    seen = read_json(inputs["pretrain"]/"summary.json")["tokens"]
-    facts = {"parameters": model.cfg.n_params(), "vocabulary": tok.vocab_size, "tokens seen in pretraining": seen,
+    facts = {"parameters": model.cfg.n_params(), "vocabulary": tok.vocab_size, "tokens seen in pretraining": read_json(inputs["pretrain"]/"summary.json")["tokens"],
              "held-out prompts": len(answers[cfg.models[-1]])}
     page = render({"title": "A miniature Llama 2-Chat", "facts": [{"label": k, "value": f"{n:,}"} for k, n in facts.items()], "models": cfg.models,
         "curves": [*(loss_curve(rows, f"Training loss: {m}", math.log(tok.vocab_size)) for m, rows in logs.items()),
