@@ -169,7 +169,7 @@ def test_hugging_face_classifier(tmp_path: Path):
     vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "tom", "is", "bad", "kind"])}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)  # names no limit
     cfg = transformers.BertConfig(vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=16, num_labels=2)
     transformers.BertForSequenceClassification(cfg).save_pretrained(tmp_path)
     lines = ["tom is bad", "kind", "tom " * 40]

@@ -10,7 +10,7 @@ from llama2_nbdev.finetuning.chat import encode_prompt
 from llama2_nbdev.finetuning.sft import SFTConfig
 from llama2_nbdev.model.llama import Llama, ModelConfig
 from llama2_nbdev.model.tokenizer import Tokenizer
-from llama2_nbdev.safety import refusals
+from llama2_nbdev.safety import refusals, tuning
 from llama2_nbdev.safety.refusals import (
     FIGURE_33, RefusalSweep, hand_written, hashed, keyword_refusals, measure_refusals, ngrams, opening_logprob, read_xstest, refusal_rate,
     refusal_trial, separation, train_refusals)
@@ -146,11 +146,11 @@ def test_separation_is_a_probability(a, b):
 def test_a_trial_changes_nothing_but_the_share(tiny, monkeypatch):
     model, tok = tiny
     rows = [r | {"messages": [*r["messages"], {"role": "assistant", "content": "Yes."}]} for r in (row(f"Q{i}?", ("helpful", "safety")[i % 2]) for i in range(20))]
-    seen, original = [], refusals.train_on_dialogs
+    seen, original = [], tuning.train_on_dialogs
     def train(m, tok, dialogs, *args, **more):
         seen.append({d[0]["content"] for d in dialogs})
         return original(m, tok, dialogs, *args, **more)
-    monkeypatch.setattr(refusals, "train_on_dialogs", train)
+    monkeypatch.setattr(tuning, "train_on_dialogs", train)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     harm = row("Secret?", "safety", harm={"kind": "secret", "forms": ["123"]})
     tests = {"borderline": [row("Who?")], "helpful": [row("Yes?"), row("No?")], "attacks": [harm]}

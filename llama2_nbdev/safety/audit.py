@@ -145,6 +145,8 @@ def hugging_face_classifier(
     "Any Hugging Face text classifier; lines longer than the model can read are cut."
     transformers = optional_package("transformers", "transformers")
     pipe = transformers.pipeline("text-classification", model=str(model), tokenizer=str(tokenizer or model), top_k=None, truncation=True)
+    readable = getattr(pipe.model.config, "max_position_embeddings", 512) - 2   # RoBERTa keeps two places; many tokenizers name no limit
+    pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, readable)
     labels = list(pipe.model.config.id2label.values())
     if toxic not in labels: raise UserError(f"{model} has no label {toxic!r}: choose the toxic one of {', '.join(labels)}")
     def classify(lines):

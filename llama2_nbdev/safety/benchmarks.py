@@ -315,7 +315,7 @@ TABLE_45 = table("Asian, Mexican, Muslim, physical disability, Jewish, Middle Ea
     Llama_2_13B="21.29 37.25 22.81 17.77 32.65 24.13 21.05 20.19 35.40 27.69 26.99 28.26 23.84",
     Llama_2_34B="16.76 29.63 23.36 14.38 27.43 19.49 18.54 17.31 26.38 18.73 22.78 21.66 19.04",
     Llama_2_70B="21.29 32.90 25.91 16.92 30.60 21.35 16.93 21.47 30.42 20.12 31.05 28.43 22.35", Chat_7B="0 0 0 0 0 0 0 0 0 0 0 0 0",
-    Chat_34B="0.11 0 0 0.17 0 0 0 0 0 0 0 0 0", Chat_70B="0 0 0 0 0 0 0 0 0 0 0.16 0 0")
+    Chat_13B="0 0 0 0 0 0 0 0 0 0 0 0 0", Chat_34B="0.11 0 0 0.17 0 0 0 0 0 0 0 0 0", Chat_70B="0 0 0 0 0 0 0 0 0 0 0.16 0 0")
 
 # %% ../../nbs/4_safety/40b_safety_benchmarks.ipynb #8d0e2f48
 TABLES_46_48 = table("Asian American, African American, European American, Hispanic, actors, actresses, Judaism, Christianity, Islam, Buddhism, Sikhism",

@@ -10,7 +10,6 @@ __all__ = ['Detector', 'HAND_WRITTEN', 'XSTEST_COLUMNS', 'FIGURE_33', 'keyword_r
 # %% ../../nbs/4_safety/42b_false_refusals.ipynb #19e84698
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch import Tensor
 from ..core import UserError
 from ..finetuning.chat import encode_prompt
 from ..finetuning.reward import pad_rows
-from ..finetuning.sft import SFTConfig, answer_prompts, train_on_dialogs
+from ..finetuning.sft import SFTConfig, answer_prompts
 from ..model.llama import Llama
 from ..model.tokenizer import Tokenizer
-from .tuning import with_safety_share
+from .tuning import trained_on, violations, with_safety_share
 from ..stats import Interval, bootstrap
-from ..world.annotators import REFUSALS, helpfulness, normal, safety, says
+from ..world.annotators import REFUSALS, helpfulness, normal, says
 
 # %% ../../nbs/4_safety/42b_false_refusals.ipynb #f81b7009
 Detector = Callable[[Sequence[str]], list[bool]] # answers -> does each refuse?
@@ -200,7 +199,7 @@ def measure_refusals(
     said = iter(answer_prompts(model, tok, [r["messages"] for r in rows], max_new_tokens, batch_size=128))
     answers = {name: [next(said) for _ in some] for name, some in tests.items()}
     found = {name: refuses(answers[name]) for name in ("borderline", "helpful")}
-    return found | {"violations": [safety(r, a) < .5 for r, a in zip(tests["attacks"], answers["attacks"])],
+    return found | {"violations": violations(tests["attacks"], answers["attacks"]).tolist(),
                     "helpfulness": [helpfulness(r, a) for r, a in zip(tests["helpful"], answers["helpful"])], "answers": answers["borderline"]}
 
 # %% ../../nbs/4_safety/42b_false_refusals.ipynb #8c9ae5dc
@@ -213,10 +212,9 @@ def refusal_trial(
     cfg:RefusalSweep=RefusalSweep(),    # shares, training, seed
 ) -> list[dict]:                        # one result of `measure_refusals` for each share, with "share" and the "model"
     "Figure 33 for one seed, with the violations and the helpfulness that go with it."
-    results = []
+    results, sft = [], replace(cfg.sft, seed=cfg.seed, lr=cfg.lr)
     for share in cfg.shares:
-        model, sft = deepcopy(start), replace(cfg.sft, seed=cfg.seed)
-        train_on_dialogs(model, tok, [r["messages"] for r in with_safety_share(dialogs, share, cfg.seed)], sft, cfg.epochs, cfg.lr, desc=f"share {share:.0%}")
+        model = trained_on(start, tok, with_safety_share(dialogs, share, cfg.seed), sft, cfg.epochs, desc=f"share {share:.0%}")
         results.append({"share": share, "model": model, **measure_refusals(model, tok, tests, refuses, cfg.max_new_tokens)})
     return results
 

@@ -167,8 +167,9 @@ def check_answer(
     "Which rules of the guidelines an answer keeps."
     cell, found = cell_of(row), {}
     for rule in guidelines.rules:
-        always = rule.test == "harmless" or (rule.test == "answers") == (cell is None)
-        if bool(cell) and cell[0] in rule.phrases if rule.phrases else always: found[rule.name] = TESTS[rule.test](row, reply, rule.phrases.get(cell[0], ()) if cell else ())
+        side = rule.test == "harmless" or (rule.test == "answers") == (cell is None) # "answers" is for harmless prompts, the others are not
+        concerns = bool(cell) and cell[0] in rule.phrases if rule.phrases else side
+        if concerns: found[rule.name] = TESTS[rule.test](row, reply, rule.phrases.get(cell[0], ()) if cell else ())
     return found
 
 def follows(row:Mapping, reply:str, guidelines:Guidelines) -> bool: # as in `check_answer`
