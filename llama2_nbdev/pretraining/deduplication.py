@@ -104,7 +104,7 @@ class Deduplicator:
     def __init__(self,
         cfg:DedupConfig=DedupConfig(), # what counts as a copy
         log:Path|None=None, # file that receives a record of every document kept; None: no log
-        documents:int=0, # so many records are in the log already: go on after them
+        documents:int=0, # so many records of the log count: go on after them; 0: begin a new log
     ):
         self.cfg, self.keys, self.size, perms = cfg, {}, 0, cfg.bands * cfg.rows * cfg.near
         self.signatures = np.zeros((1024, perms), np.uint32)
@@ -112,7 +112,7 @@ class Deduplicator:
             self.empty = empty_minhash(cfg)
             self.lsh = optional_package("datasketch", "llama2_nbdev[data]").MinHashLSH(num_perm=perms, params=(cfg.bands, cfg.rows))
         if documents: self._restore(log, documents)
-        self.log = open(log, "ab") if log else None
+        self.log = open(log, "ab" if documents else "wb") if log else None
 
     def __len__(self) -> int: return self.size
     def __enter__(self) -> "Deduplicator": return self
