@@ -7,6 +7,7 @@ __all__ = ['words_of', 'exact_key', 'shingles', 'jaccard', 'DedupConfig', 'minha
            'Copy', 'Deduplicator']
 
 # %% ../../nbs/2_pretraining/20c_deduplication.ipynb #45e2282b
+import os
 import re
 import unicodedata
 import zlib
@@ -159,7 +160,9 @@ def _restore(self:Deduplicator, log:Path, documents:int) -> None:
 
 def _sync(self:Deduplicator) -> int: # documents remembered
     "Put the log on disk."
-    if self.log: self.log.flush()
+    if self.log:
+        self.log.flush()
+        os.fsync(self.log.fileno())
     return len(self)
 
 def _close(self:Deduplicator, *error) -> None:
