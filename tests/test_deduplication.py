@@ -80,6 +80,7 @@ def test_log_brings_the_tables_back(tmp_path, cut, near):
         for t in texts[cut:cut + 10]: first.add(t)
     with Deduplicator(cfg, tmp_path / "log", n) as second: found += [second.add(t) for t in texts[cut:]]
     assert found == wanted and len(second) == len(whole)
+    with Deduplicator(cfg, tmp_path / "log", len(whole)) as third: assert [third.add(t) for t in texts] == [whole.add(t) for t in texts]
 
 def test_more_documents_than_the_first_table_holds():
     dedup = Deduplicator()

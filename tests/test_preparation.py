@@ -80,7 +80,7 @@ def test_missing_input(tmp_path):
 def test_hub_datasets_are_streamed(monkeypatch):
     class Rows(list):
         def skip(self, n): return Rows(self[n:])
-    monkeypatch.setattr(preparation, "need", lambda *a: type("datasets", (), {"load_dataset": staticmethod(lambda *a, **k: Rows({"text": f"t{i}"} for i in range(4)))}))
+    monkeypatch.setattr(preparation, "optional_package", lambda *a: type("datasets", (), {"load_dataset": staticmethod(lambda *a, **k: Rows({"text": f"t{i}"} for i in range(4)))}))
     docs = list(read_source(find_sources({"wiki": "owner/data"})[0]))
     assert [d.text for d in docs] == ["t0", "t1", "t2", "t3"] and docs[0].source == "wiki"
     assert list(read_source(Source("owner/data", "wiki"), docs[1].after)) == docs[2:]
@@ -118,6 +118,24 @@ def test_an_interrupted_run_gives_the_same_bytes(tmp_path, monkeypatch, at, near
     assert not (tmp_path / "out/pretrain.jsonl").exists()
     prepare(sources, tmp_path / "out", cfg)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole") and not (tmp_path / "out/.prepare").exists()
+
+@pytest.mark.parametrize("near", [False, True])
+def test_interrupted_before_the_first_checkpoint_and_after_it(tmp_path, monkeypatch, near):
+    "What the first attempt left in the log of copies must not stand before the records of the second."
+    write(tmp_path / "a", 30); (tmp_path / "a").write_text((tmp_path / "a").read_text() * 2)   # the second half are copies
+    cfg = PrepareConfig(dedup=DedupConfig(near=near), checkpoint_every=7)
+    prepare(tmp_path / "a", tmp_path / "whole", cfg)
+    for at in (4, 20):
+        calls = []
+        def weak(self, text, add=Deduplicator.add):
+            calls.append(1)
+            if len(calls) == at: raise KeyboardInterrupt
+            return add(self, text)
+        with monkeypatch.context() as m:
+            m.setattr(Deduplicator, "add", weak)
+            with pytest.raises(KeyboardInterrupt): prepare(tmp_path / "a", tmp_path / "out", cfg)
+    prepare(tmp_path / "a", tmp_path / "out", cfg)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 def test_sigkill_while_it_writes(tmp_path, root):
     write(tmp_path / "a", 1500)

@@ -257,8 +257,9 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 def final_number(
     text:str, # a worked answer
 ) -> float|None: # None: there is no number
-    "The number behind the last `####`, else the last number of the text."
-    found = NUMBER.findall(text.rsplit("####", 1)[-1]) or NUMBER.findall(text)
+    "The first number behind the last `####`, else the last number of the text."
+    found = NUMBER.findall(text.rpartition("####")[2])[:1] if "####" in text else []
+    found = found or NUMBER.findall(text)
     return float(found[-1].replace(",", "").replace("$", "")) if found else None
 
 def same_number(reply:str, answers:Iterable[str]) -> float:

@@ -175,4 +175,4 @@ def language_of(
 ) -> str: # ISO 639-1 code; "unknown" also where there is no language
     "The main language of a text (Table 10)."
     code, probability = (identifier or language_identifier())(text[:2000])
-    return code if probability >= threshold and code not in ("und", "zxx") else "unknown" # undetermined, no language   # zxx: no language at all
+    return code if probability >= threshold and code not in ("und", "zxx") else "unknown" # "und": undetermined, "zxx": no language

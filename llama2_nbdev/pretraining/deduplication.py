@@ -7,6 +7,7 @@ __all__ = ['words_of', 'exact_key', 'shingles', 'jaccard', 'DedupConfig', 'minha
            'Copy', 'Deduplicator']
 
 # %% ../../nbs/2_pretraining/20c_deduplication.ipynb #45e2282b
+import os
 import re
 import unicodedata
 import zlib
@@ -104,7 +105,7 @@ class Deduplicator:
     def __init__(self,
         cfg:DedupConfig=DedupConfig(), # what counts as a copy
         log:Path|None=None, # file that receives a record of every document kept; None: no log
-        documents:int=0, # so many records are in the log already: go on after them
+        documents:int=0, # so many records of the log count: go on after them; 0: begin a new log
     ):
         self.cfg, self.keys, self.size, perms = cfg, {}, 0, cfg.bands * cfg.rows * cfg.near
         self.signatures = np.zeros((1024, perms), np.uint32)
@@ -112,7 +113,7 @@ class Deduplicator:
             self.empty = empty_minhash(cfg)
             self.lsh = optional_package("datasketch", "llama2_nbdev[data]").MinHashLSH(num_perm=perms, params=(cfg.bands, cfg.rows))
         if documents: self._restore(log, documents)
-        self.log = open(log, "ab") if log else None
+        self.log = open(log, "ab" if documents else "wb") if log else None
 
     def __len__(self) -> int: return self.size
     def __enter__(self) -> "Deduplicator": return self
@@ -159,7 +160,9 @@ def _restore(self:Deduplicator, log:Path, documents:int) -> None:
 
 def _sync(self:Deduplicator) -> int: # documents remembered
     "Put the log on disk."
-    if self.log: self.log.flush()
+    if self.log:
+        self.log.flush()
+        os.fsync(self.log.fileno())
     return len(self)
 
 def _close(self:Deduplicator, *error) -> None:

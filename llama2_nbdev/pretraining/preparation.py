@@ -278,7 +278,7 @@ def prepare(
     out:str|Path, # folder: receives pretrain.jsonl and report.json
     cfg:PrepareConfig=PrepareConfig(), # the filters
 ) -> dict: # the report
-    "Clean a corpus of any size in constant memory (all but the tables of copies). Killed and called again, it goes on; finished, it only reads its report."
+    "Clean a corpus of any size in constant memory (all but the tables of copies and two numbers a site). Killed and called again, it goes on; finished, it only reads its report."
     out, files = Path(out), find_sources(sources)
     stamps = [(*s, *((st := os.stat(s.path)).st_size, st.st_mtime_ns)) if Path(s.path).is_file() else s for s in files]
     key = blake2b(json.dumps([stamps, asdict(cfg)]).encode(), digest_size=16).hexdigest()
