@@ -306,6 +306,7 @@ def documented(f:Callable) -> Callable:
     f.__annotations__ |= {k: Annotated[t, conf.arg(help=notes[k])] for k, t in f.__annotations__.items() if k in notes}
     return f
 
+# %% ../nbs/6_pipeline/62_cli.ipynb #climain01
 def main(
     args:Sequence[str]|None=None, # None: what was typed
 ) -> None:

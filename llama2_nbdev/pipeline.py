@@ -17,6 +17,8 @@ from .artifacts import Workspace
 from .core import UserError, atomic_write, project_root
 from .processes import Processes
 from .evaluation import EvaluateConfig
+
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #imports02
 from .finetuning.gatt import GAttConfig, ObedienceConfig
 from .finetuning.ppo import PPOConfig
 from .finetuning.preferences import CollectConfig
@@ -79,6 +81,7 @@ def chat_models(
     "The SFT model, and the same without safety demonstrations."
     return {"sft": sft, "unguarded": SafetySFTConfig(sft)}
 
+# %% ../nbs/6_pipeline/60_pipeline.ipynb #preset02b
 def nano_checks() -> dict[str, object]:
     "Sections 2.3 and 4 in seconds."
     lessons = SFTConfig(batch_size=8, seq_len=256, epochs=1)

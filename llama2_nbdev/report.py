@@ -263,12 +263,11 @@ def report_stage(
     replies = answer_prompts(model, tok, [[Message("user", p)] for p in cfg.prompts], cfg.max_new_tokens, desc="free prompts")
     answers = {m: read_jsonl(inputs["evaluate"]/f"answers_{m}.jsonl") for m in cfg.models}
     logs = {m: read_metrics(inputs[m]) for m in ("pretrain", "sft")}
-    rated = read_json(inputs["rate"]/"summary.json")
     facts = {"parameters": model.cfg.n_params(), "vocabulary": tok.vocab_size, "tokens seen in pretraining": read_json(inputs["pretrain"]/"summary.json")["tokens"],
              "held-out prompts": len(answers[cfg.models[-1]])}
     page = render({"title": "A miniature Llama 2-Chat", "facts": [{"label": k, "value": f"{n:,}"} for k, n in facts.items()], "models": cfg.models,
         "curves": [*(loss_curve(rows, f"Training loss: {m}", math.log(tok.vocab_size)) for m, rows in logs.items()),
-                   progress_curve(rated), ppo_curve(read_jsonl(inputs["ppo"]/"metrics.jsonl"))],
+                   progress_curve(rated := read_json(inputs["rate"]/"summary.json")), ppo_curve(read_jsonl(inputs["ppo"]/"metrics.jsonl"))],
         "scores": score_rows(read_json(inputs["evaluate"]/"summary.json"), cfg.models),
         "rate_columns": list(RATE_COLUMNS.values()), "rated": rate_rows(rated),
         "samples": sample_rows(answers, cfg.samples_per_split), "chat": list(zip(cfg.prompts, replies)),

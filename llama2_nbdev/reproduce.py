@@ -102,6 +102,7 @@ def provenance(
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
             "processor_cores": torch.get_num_threads(), "artefacts": [[ws.path(stage).name for stage in ("rate", "safety", "redteam", "distilled")] for ws in runs]}
 
+# %% ../nbs/6_pipeline/61_reproduce.ipynb #repro0002
 def reproduce(
     preset:str,                   # its name
     measures:Mapping[str, Measure], # name -> measurement
