@@ -28,6 +28,16 @@ def free_port() -> int:
 
 
 @pytest.fixture
+def chromium() -> str:
+    "The system's own browser."
+    pytest.importorskip("playwright.sync_api")
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next((found for n in names if n and (found := shutil.which(n))), None)
+    if path is None: pytest.skip("no Chromium on this machine; install it (apt install chromium) to test the window in a browser")
+    return path
+
+
+@pytest.fixture
 def lab(tmp_path: Path):
     "JupyterLab with one notebook and no settings but its own; the address of the notebook."
     pytest.importorskip("jupyterlab")
@@ -38,7 +48,7 @@ def lab(tmp_path: Path):
         "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--ServerApp.root_dir={tmp_path}"]
+               "--IdentityProvider.token=", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--ServerApp.root_dir={tmp_path}"]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     server = subprocess.Popen(command, env=os.environ | own | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(200):
@@ -49,16 +59,14 @@ def lab(tmp_path: Path):
     server.wait(20)
 
 
-def test_attack_in_a_browser(lab: str, tmp_path: Path):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    chromium = next((found for n in names if n and (found := shutil.which(n))), None)
-    if chromium is None: pytest.skip("no Chromium on this machine; install it (apt install chromium) to test the window in a browser")
+def test_attack_in_a_browser(chromium: str, lab: str, tmp_path: Path):
+    from playwright import sync_api
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page, wrong, file = browser.new_page(viewport={"width": 1200, "height": 900}), [], tmp_path / "mine.jsonl"
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(lab)
+        page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for(timeout=60_000)  # before that there is "No Kernel", and it is idle
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").click()
         page.keyboard.press("Shift+Enter")
@@ -84,7 +92,6 @@ def test_attack_in_a_browser(lab: str, tmp_path: Path):
         says("1 dialog labelled, 1 violation,")
         row, = read_log(file)
         assert (row["messages"][0]["content"], row["moves"], row["rating"], row["area"]) == (text, ["role"], 1, "advice")
-        page.screenshot(path=os.environ.get("SHOT", str(tmp_path / "shot.png")))
         button("Undo the last label").click()
         says("The last dialog is open again.")
         assert read_log(file) == [] and severe.is_enabled() and not wrong
