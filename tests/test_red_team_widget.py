@@ -127,7 +127,7 @@ def test_window_by_its_callbacks(begin, clock):
     tool.labels[2].click()
     row, = read_log(tool.session.path)
     assert (row["area"], row["moves"], row["rating"], row["note"]) == ("advice", ["misspelling", "role"], 2, "n") and row["messages"][0]["content"].endswith("Please.")
-    assert tool.note.value == "" and "1 dialogs labelled, 1 violations" in tool.page.value and all(b.disabled for b in tool.labels.values())
+    assert tool.note.value == "" and "1 dialog labelled, 1 violation," in tool.page.value and all(b.disabled for b in tool.labels.values())
     tool.undo.click()
     assert "open again" in tool.page.value and read_log(tool.session.path) == [] and not tool.labels[1].disabled
 

@@ -212,7 +212,7 @@ def figure_distillation(
         some = [r for r in records["template"] if passes(r) == kept]
         right.scatter(torch.tensor([r["before"] for r in some]).sigmoid(), [gain(r) for r in some], s=14, color=colour, marker=mark, label=("rejected", "kept")[kept])
     right.axhline(0, color="gray", lw=.8)
-    right.set(xlabel="score of the original answer", ylabel="gain", title="Low scores gain, high ones can only lose")
+    right.set(xlabel="score of the original answer", ylabel="gain", title="The lower the score, the more to win")
     right.legend(frameon=False); fig.tight_layout()
     return fig
 

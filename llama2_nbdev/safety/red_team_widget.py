@@ -149,6 +149,8 @@ def team_gamma(
     return bootstrap([rate([r for r in rows if r["person"] == name]) for name in sorted({r["person"] for r in rows})])
 
 # %% ../../nbs/4_safety/44b_red_team_widget.ipynb #99dae691
+def _count(n:int, what:str) -> str: return f"{n} {what}{'s' * (n != 1)}" # "1 dialog", "2 dialogs"
+
 def page(
     session:Session, # where the person is
 ) -> str: # HTML
@@ -161,7 +163,7 @@ def page(
     speed = "no rate yet" if rate is None else f"&gamma; = {rate:.1f} an hour"
     shown = session.messages or session.before
     return ("".join(map(box, shown)) + f'<div style="color:#b45309;min-height:1.4em">{html.escape(session.notice)}</div>'
-            f'<div>{done} dialogs labelled, {found} violations, {speed}</div>')
+            f'<div>{_count(done, "dialog")} labelled, {_count(found, "violation")}, {speed}</div>')
 
 # %% ../../nbs/4_safety/44b_red_team_widget.ipynb #ab7d4520
 class RedTeamTool:
