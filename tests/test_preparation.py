@@ -186,5 +186,5 @@ def test_packages_are_a_corpus(tmp_path):
 
 def test_real_text(real_data, tmp_path):
     file = next((real_data / "tinyshakespeare").rglob("*.txt"))
-    report = prepare({"plays": file}, tmp_path / "out", PrepareConfig(piece=20_000))
+    report = prepare({"plays": file}, tmp_path / "out", PrepareConfig())
     assert report["read"]["bytes"] == file.stat().st_size and report["kept"]["bytes"] > .98 * file.stat().st_size

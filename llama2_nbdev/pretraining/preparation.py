@@ -118,7 +118,7 @@ def _open(path:str):
 def read_source(
     source:Source, # file or dataset
     position:tuple[int, int]=(0, 0), # offset and line to go on from, as in `Document.after`
-    piece:int=1_000_000, # bytes, at least 16: longer text files are cut
+    piece:int=200_000, # bytes, at least 16: longer text files are cut
 ) -> Iterator[Document]: # its documents
     "Recognise the format and stream the documents."
     if not Path(source.path).is_file(): return (yield from _hub(source, position[0]))
@@ -141,7 +141,7 @@ class PrepareConfig:
     boilerplate:tuple[str, ...] = BOILERPLATE # phrases of page furniture
     languages:tuple[str, ...] = () # codes to keep ("unknown" always stays); empty: all
     upsample:dict[str, float] = field(default_factory=dict) # source -> factor on its share of the training mix; others 1
-    piece:int = 1_000_000 # bytes: longer text files are cut
+    piece:int = 200_000 # bytes: longer text files are cut; far below what max_words allows
     checkpoint_every:int = 2000 # documents
     examples:int = 3 # of each kind of removal, in the report
 
