@@ -246,12 +246,11 @@ def test_many_kills_of_a_stage(whole, tmp_path, stage): trials(stage, 1, whole, 
 @pytest.mark.parametrize("stage", TRAINED)
 def test_many_kills_of_a_stage_on_two_processes(whole, tmp_path, stage): trials(stage, 2, whole, tmp_path, 2, 2)  # traps 29, 55
 
-def test_the_count(capsys):
-    "The last line of this file: what was tried."
+def test_the_count(record_property):
+    "What was tried, for the last lines of the run."
     kills, saved, torn, differences = (sum(t[i] for t in TRIALS) for i in (2, 3, 4, 5))
     together = sum(t[1] > 1 for t in TRIALS)
-    with capsys.disabled():
-        print(f"\nkill and resume: trials: {len(TRIALS)} ({together} on two processes), kills: {kills} ({saved} after a checkpoint), "
-              f"torn checkpoints: {torn}, differences: {differences}")
+    record_property("summary", f"kill and resume: trials: {len(TRIALS)} ({together} on two processes), kills: {kills} ({saved} after a "
+                               f"checkpoint), torn checkpoints: {torn}, differences: {differences}")
     assert differences == 0
     if {t[0] for t in TRIALS} > set(STAGES): assert len(TRIALS) >= 50 and torn > 5  # the long test
