@@ -21,7 +21,8 @@ from llama2_nbdev.report import FREE_PROMPTS, read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("pretrain.train.steps=30", "sft.public_epochs=0", "sft.epochs=1", "evaluate.max_new_tokens=8", "report.max_new_tokens=8",
          "preferences.comparisons=20", "rate.prompts=12", *(f"v{i}.{change}" for i in range(1, 6) for change in ("prompts=6", "collect.comparisons=12")))
-STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "v4", "v5", "obedience", "gatt", "ppo", "rate", "evaluate", "report")
+STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "v4", "v5", "obedience", "gatt", "ppo", "rate", "evaluate",
+          "unguarded", "benchmarks", "audit", "safety", "redteam", "report")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def call(capsys, *args: str) -> tuple[int, str]:
 
 def test_every_stage_is_done_and_nothing_is_made_twice(finished):
     ws, page = finished
-    assert dict(ws.status()) == dict.fromkeys(STAGES, "done")
+    assert dict(ws.status()) == dict.fromkeys(STAGES, "done") | {"distilled": "missing"}  # the report needs no distillation
     before = page.stat().st_mtime_ns, (ws.get("report") / "report.html").stat().st_mtime_ns
     run("nano", ws.sources["data"], ws.root, QUICK)
     assert (ws.get("report") / "report.html").stat().st_mtime_ns == before[1]
@@ -93,12 +94,12 @@ def test_a_setting_remakes_what_depends_on_it_and_nothing_else(finished):
     ws, _ = finished
     other = workspace("nano", ws.sources["data"], ws.root, (*QUICK, "sft.lr=0.001"))
     same = {name for name in STAGES if other.path(name) == ws.path(name)}
-    assert same == {"tokenizer", "shards", "pretrain"}
+    assert same == {"tokenizer", "shards", "pretrain", "audit", "unguarded", "redteam"}
 
 
 def test_the_report_is_one_file_with_everything(finished):
     text = finished[1].read_text(encoding="utf-8")
-    assert text.count("<svg") == 4 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert text.count("<svg") == 7 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert len(read_json(finished[0].get("report") / "free_prompts.json")) == len(FREE_PROMPTS) == 20
     for name in ("pretrain", "sft"):
         assert f"<th>{name}</th>" in text
@@ -164,6 +165,9 @@ def test_commands_work_on_a_finished_run(capsys, monkeypatch, tmp_path, finished
         assert status == 0, text
     status, text = call(capsys, "evaluate", "--preset", "nano", "--data", str(ws.sources["data"]), "--runs", str(ws.root), "--settings", *QUICK)
     assert status == 0 and "phrasing" in text and "%" in text
+    for command, said in (("benchmarks", "Math"), ("audit", "toxic documents"), ("safety", "mean rating"), ("redteam", "gamma"), ("distill", "distilled:")):
+        status, text = call(capsys, command, "--preset", "nano", "--data", str(ws.sources["data"]), "--runs", str(ws.root), *(() if command == "audit" else ("--settings", *QUICK)))
+        assert status == 0 and said in text, text
     status, text = call(capsys, "world", "--seed", "0", "--out", str(tmp_path / "world"))
     assert status == 0 and (tmp_path / "world" / "sft.jsonl").read_bytes() == (ROOT / "data_samples" / "sft.jsonl").read_bytes()
     assert call(capsys, "info", "--preset", "nano")[0] == 0
