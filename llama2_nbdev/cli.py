@@ -32,7 +32,7 @@ def run(
     print(f"{until}: {made}")
     if until == "evaluate": print_scores(made)
     if until == "rate": print_rates(made)
-    if until in ("benchmarks", "audit", "safety", "redteam"):
+    if until in ("benchmarks", "audit", "safety", "distilled", "redteam"):
         from llama2_nbdev.report import print_block
         print_block(until, made)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FREE_PROMPTS', 'STYLE', 'PAGE', 'SECTIONS', 'RATE_COLUMNS', 'BLOCKS', 'ReportConfig', 'as_svg', 'loss_curve',
            'render', 'read_metrics', 'score_rows', 'sample_rows', 'rate_rows', 'progress_curve', 'ppo_curve', 'Block',
-           'audit_block', 'safety_block', 'red_team_block', 'benchmark_block', 'print_block', 'report_stage']
+           'audit_block', 'safety_block', 'red_team_block', 'distillation_block', 'benchmark_block', 'print_block',
+           'report_stage']
 
 # %% ../nbs/6_pipeline/59_report.ipynb #62e66d83
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from .finetuning.sft import answer_prompts
 from .model.weights import load
 from .pretraining.toy_benchmarks import table as benchmark_table
 from .safety.audit import audit_figure, beside_paper
+from .safety.distillation import distillation_report, figure_distillation
 from .safety.evaluation import plot_safety, safety_table
 from .safety.red_team_rounds import figure as red_team_figure, table as red_team_table
 
@@ -229,6 +231,15 @@ def red_team_block(
     return Block("Do attacks succeed less often?", "Gamma is violating prompts per person and hour; each candidate learnt from the attacks on those before it.",
                  list(table.columns), table.astype(str).values.tolist(), [red_team_figure(rounds)])
 
+def distillation_block(
+    folder:Path, # of the stage "distilled"
+) -> Block:
+    "What a careful preprompt changes, and what the gate lets through (Section 4.2.4)."
+    records = read_jsonl(folder/"records.jsonl")
+    rows = [(what, f"{x:.2f}" if isinstance(x, float) else x) for what, x in distillation_report(records).items()]
+    return Block("Can care be distilled?", "The safety score of answers without and with a preprompt; only answers that gain are trained on.",
+                 ("what", "value"), rows, [figure_distillation({"template": records})])
+
 def benchmark_block(
     folder:Path, # of the stage "benchmarks"
 ) -> Block:
@@ -238,7 +249,7 @@ def benchmark_block(
                  list(table.columns), table.astype(str).values.tolist())
 
 # %% ../nbs/6_pipeline/59_report.ipynb #safe0004
-BLOCKS = {"benchmarks": benchmark_block, "audit": audit_block, "safety": safety_block, "redteam": red_team_block} # stage -> its block
+BLOCKS = {"benchmarks": benchmark_block, "audit": audit_block, "safety": safety_block, "distilled": distillation_block, "redteam": red_team_block} # stage -> its block
 
 def print_block(
     stage:str,   # a key of BLOCKS

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("pretrain.train.steps=30", "sft.public_epochs=0", "sft.epochs=1", "evaluate.max_new_tokens=8", "report.max_new_tokens=8",
          "preferences.comparisons=20", "rate.prompts=12", *(f"v{i}.{change}" for i in range(1, 6) for change in ("prompts=6", "collect.comparisons=12")))
 STAGES = ("tokenizer", "shards", "pretrain", "sft", "preferences", "reward", "v1", "v2", "v3", "v4", "v5", "obedience", "gatt", "ppo", "rate", "evaluate",
-          "unguarded", "benchmarks", "audit", "safety", "redteam", "report")
+          "unguarded", "benchmarks", "audit", "safety", "distilled", "redteam", "report")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def call(capsys, *args: str) -> tuple[int, str]:
 
 def test_every_stage_is_done_and_nothing_is_made_twice(finished):
     ws, page = finished
-    assert dict(ws.status()) == dict.fromkeys(STAGES, "done") | {"distilled": "missing"}  # the report needs no distillation
+    assert dict(ws.status()) == dict.fromkeys(STAGES, "done")
     before = page.stat().st_mtime_ns, (ws.get("report") / "report.html").stat().st_mtime_ns
     run("nano", ws.sources["data"], ws.root, QUICK)
     assert (ws.get("report") / "report.html").stat().st_mtime_ns == before[1]
@@ -99,7 +99,7 @@ def test_a_setting_remakes_what_depends_on_it_and_nothing_else(finished):
 
 def test_the_report_is_one_file_with_everything(finished):
     text = finished[1].read_text(encoding="utf-8")
-    assert text.count("<svg") == 7 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert text.count("<svg") == 8 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert len(read_json(finished[0].get("report") / "free_prompts.json")) == len(FREE_PROMPTS) == 20
     for name in ("pretrain", "sft"):
         assert f"<th>{name}</th>" in text
@@ -165,7 +165,7 @@ def test_commands_work_on_a_finished_run(capsys, monkeypatch, tmp_path, finished
         assert status == 0, text
     status, text = call(capsys, "evaluate", "--preset", "nano", "--data", str(ws.sources["data"]), "--runs", str(ws.root), "--settings", *QUICK)
     assert status == 0 and "phrasing" in text and "%" in text
-    for command, said in (("benchmarks", "Math"), ("audit", "toxic documents"), ("safety", "mean rating"), ("redteam", "gamma"), ("distill", "distilled:")):
+    for command, said in (("benchmarks", "Math"), ("audit", "toxic documents"), ("safety", "mean rating"), ("redteam", "gamma"), ("distill", "gain")):
         status, text = call(capsys, command, "--preset", "nano", "--data", str(ws.sources["data"]), "--runs", str(ws.root), *(() if command == "audit" else ("--settings", *QUICK)))
         assert status == 0 and said in text, text
     status, text = call(capsys, "world", "--seed", "0", "--out", str(tmp_path / "world"))

@@ -197,14 +197,16 @@ def train_led(
 FIGURE_16 = {"no preprompt": .75, "generic": .83, "template": .87} # medians of the safety score, read off the paper's figure
 
 def figure_distillation(
-    records:Mapping[str, Sequence[dict]], # "generic" and "template": results of `answer_both_ways`
+    records:Mapping[str, Sequence[dict]], # "template", and "generic" where at hand: results of `answer_both_ways`
 ):                                        # a matplotlib figure
     "Figure 16: scores under each preprompt, and the gain against the original score."
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3), dpi=80)
     def scores(some, key): return torch.tensor([r[key] for r in some]).sigmoid().sort().values
-    curves = {"no preprompt": scores(records["template"], "before"), **{name: scores(records[name], "after") for name in ("generic", "template")}}
-    for (name, x), colour, style in zip(curves.items(), ("tab:gray", "tab:blue", "tab:orange"), (":", "--", "-")):
+    curves = {"no preprompt": scores(records["template"], "before"), **{name: scores(some, "after") for name, some in records.items()}}
+    looks = {"no preprompt": ("tab:gray", ":"), "generic": ("tab:blue", "--"), "template": ("tab:orange", "-")}
+    for name, x in curves.items():
+        colour, style = looks[name]
         left.plot(x, torch.linspace(0, 1, len(x)), style, color=colour, label=f"{name}: {x.median():.2f} (paper {FIGURE_16[name]})")
     left.set(xlabel="safety score", ylabel="share of prompts below", title="Preprompts move the scores up")
     left.legend(frameon=False, fontsize=8, title="median", title_fontsize=8)
