@@ -101,12 +101,8 @@ def test_accounts_close_and_the_reasons_are_right(tmp_path):
     assert sum(x["documents"] for x in report["sources"].values()) == 61 and sum(report["mixture"].values()) == pytest.approx(1)
     assert [t for _, t in read_documents(tmp_path / "out")] == [r["text"] for r in kept]
 
-@pytest.mark.parametrize("near", [False, True])
-@pytest.mark.parametrize("at", [1, 8, 50, 59])
-def test_an_interrupted_run_gives_the_same_bytes(tmp_path, monkeypatch, at, near):
-    write(tmp_path / "a", 60); write(tmp_path / "b", 30, "b")
-    cfg, sources = PrepareConfig(dedup=DedupConfig(near=near), checkpoint_every=7), [tmp_path / "a", tmp_path / "b"]
-    prepare(sources, tmp_path / "whole", cfg)
+def interrupted(monkeypatch, at, sources, out, cfg):
+    "Prepare, and press Ctrl-C at the `at`-th document that reaches the tables of copies."
     calls = []
     def weak(self, text, add=Deduplicator.add):
         calls.append(1)
@@ -114,7 +110,15 @@ def test_an_interrupted_run_gives_the_same_bytes(tmp_path, monkeypatch, at, near
         return add(self, text)
     with monkeypatch.context() as m:
         m.setattr(Deduplicator, "add", weak)
-        with pytest.raises(KeyboardInterrupt): prepare(sources, tmp_path / "out", cfg)
+        with pytest.raises(KeyboardInterrupt): prepare(sources, out, cfg)
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("at", [1, 8, 50, 59])
+def test_an_interrupted_run_gives_the_same_bytes(tmp_path, monkeypatch, at, near):
+    write(tmp_path / "a", 60); write(tmp_path / "b", 30, "b")
+    cfg, sources = PrepareConfig(dedup=DedupConfig(near=near), checkpoint_every=7), [tmp_path / "a", tmp_path / "b"]
+    prepare(sources, tmp_path / "whole", cfg)
+    interrupted(monkeypatch, at, sources, tmp_path / "out", cfg)
     assert not (tmp_path / "out/pretrain.jsonl").exists()
     prepare(sources, tmp_path / "out", cfg)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole") and not (tmp_path / "out/.prepare").exists()
@@ -125,15 +129,7 @@ def test_interrupted_before_the_first_checkpoint_and_after_it(tmp_path, monkeypa
     write(tmp_path / "a", 30); (tmp_path / "a").write_text((tmp_path / "a").read_text() * 2)   # the second half are copies
     cfg = PrepareConfig(dedup=DedupConfig(near=near), checkpoint_every=7)
     prepare(tmp_path / "a", tmp_path / "whole", cfg)
-    for at in (4, 20):
-        calls = []
-        def weak(self, text, add=Deduplicator.add):
-            calls.append(1)
-            if len(calls) == at: raise KeyboardInterrupt
-            return add(self, text)
-        with monkeypatch.context() as m:
-            m.setattr(Deduplicator, "add", weak)
-            with pytest.raises(KeyboardInterrupt): prepare(tmp_path / "a", tmp_path / "out", cfg)
+    for at in (4, 20): interrupted(monkeypatch, at, tmp_path / "a", tmp_path / "out", cfg)
     prepare(tmp_path / "a", tmp_path / "out", cfg)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
