@@ -246,7 +246,7 @@ def benchmark_block(
     "The toy counterparts of Table 3's groups (Section 2.3)."
     table = benchmark_table(read_json(folder/"summary.json")).rename_axis("group").reset_index().astype(str).replace("nan", "")
     return Block("How does it do on the six groups?", "Toy tasks under the names of the paper's groups, percent; the paper's columns belong to other tasks and models.",
-                 list(table.columns), table.astype(str).values.tolist())
+                 list(table.columns), table.values.tolist())
 
 # %% ../nbs/6_pipeline/59_report.ipynb #safe0004
 BLOCKS = {"benchmarks": benchmark_block, "audit": audit_block, "safety": safety_block, "distilled": distillation_block, "redteam": red_team_block} # stage -> its block
