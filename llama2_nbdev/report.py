@@ -244,7 +244,7 @@ def benchmark_block(
     folder:Path, # of the stage "benchmarks"
 ) -> Block:
     "The toy counterparts of Table 3's groups (Section 2.3)."
-    table = benchmark_table(read_json(folder/"summary.json")).rename_axis("group").reset_index().astype(str).replace("nan", "")
+    table = benchmark_table(read_json(folder/"summary.json")).rename_axis("group").reset_index().map(lambda x: "" if x != x else str(x)) # NaN: nothing to compare with
     return Block("How does it do on the six groups?", "Toy tasks under the names of the paper's groups, percent; the paper's columns belong to other tasks and models.",
                  list(table.columns), table.values.tolist())
 
